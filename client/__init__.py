@@ -1,0 +1,1 @@
+"""The node: Flower's ClientApp, local training and evaluation, device profile."""

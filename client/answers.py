@@ -1,0 +1,49 @@
+"""A client's last answer, kept on its disk: asked again for a round it has done, it does not train again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from common.errors import CorruptArtefact
+from common.messages import TrainAnswer, TrainOrder
+from common.parcel_file import parcel_bytes, read_parcel
+from common.wire import Parcel, write_message
+
+FILE = "answer.safetensors"
+log = logging.getLogger(__name__)
+
+
+def order_key(order: TrainOrder, parcels: Mapping[str, Parcel]) -> str:
+    """Identify an order, whichever attempt it is: equal keys deserve equal answers."""
+    text = order.model_dump_json(exclude={"attempt"})
+    hashes = [parcels[name].sha256 for name in sorted(parcels)]
+    return hashlib.sha256("\n".join([text, *hashes]).encode()).hexdigest()
+
+
+def keep_answer(folder: Path, key: str, answer: TrainAnswer, update: Parcel) -> None:
+    """Replace the stored answer, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
+    temporary.write_bytes(parcel_bytes(update, answer.model_dump_json(), key))
+    temporary.replace(folder / FILE)
+
+
+def stored_answer(folder: Path, key: str) -> RecordDict | None:
+    """Return the answer to this very order if it was kept, else None."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        parcel, header, stored_key = read_parcel(path)
+    except CorruptArtefact as error:
+        log.warning("%s; the round is trained again", error)
+        return None
+    if stored_key != key:
+        return None
+    return write_message(TrainAnswer.model_validate_json(header), {"update": parcel})

@@ -1,0 +1,44 @@
+"""The node's ClientApp: says who it is, trains, evaluates. The work itself is in ``client/work.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.node import Node, node_of
+from client.work import evaluate_order, present, train_order
+from common.errors import LoRAFleetError
+from common.flower import ErrorCode
+from common.workspace import cpu_threads
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this node is and what its device carries."""
+    return _reply(present, message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round, or return the stored answer to the same order."""
+    return _reply(train_order, message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the model on the held-out part."""
+    return _reply(evaluate_order, message, context)
+
+
+def _reply(work: Callable[[Node, RecordDict], RecordDict], message: Message, context: Context) -> Message:
+    """Do the work; a deliberate error travels as its one sentence, any other as Flower sends it."""
+    try:
+        node = node_of(context)
+        with cpu_threads(node.experiment.training.threads):
+            return Message(work(node, message.content), reply_to=message)
+    except LoRAFleetError as error:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)

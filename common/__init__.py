@@ -1,0 +1,1 @@
+"""The vocabulary every part shares: adapters, experiments, methods, tasks, wire and store."""

@@ -1,0 +1,228 @@
+"""A model with one adapter attached whose factors can be switched between clients in well under a millisecond."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from common.adapter import Adapter
+from common.base_model import BaseModel, attach, layer_shape
+from common.errors import ConfigurationError
+from common.federation import ModelSpec, TrainedFactors
+from common.lowrank import LowRank, Update
+from common.methods import AdapterMethod
+
+ADAPTER = "default"
+"""PEFT's name of the one adapter that is attached."""
+
+PREFIX = "base_model.model."
+
+
+class SeededDropout(nn.Module):
+    """Dropout that draws from a generator of its own, so that workers side by side stay deterministic."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero entries of ``x`` with the given probability and rescale the rest, in training only."""
+        if not self.training:
+            return x
+        keep = torch.rand(x.shape, generator=self.generator) >= self.probability
+        return x * keep.to(x.device) / (1 - self.probability)
+
+
+class AdaptedModel:
+    """A worker's model: shared base weights, one adapter.
+
+    Parameters
+    ----------
+    base : BaseModel
+        The process's base model.
+    method : AdapterMethod
+        How the adapter is attached and scaled.
+    device : torch.device or str
+        Where to train.
+    merge_global : bool
+        True: the global adapter goes into a copy of the target layers; False: it runs beside them.
+    """
+
+    def __init__(
+        self, base: BaseModel, method: AdapterMethod, device: torch.device | str = "cpu", merge_global: bool = True
+    ) -> None:
+        model = base.worker_copy()
+        self.base, self.method, self.merge_global = base, method, merge_global
+        self.peft_model = attach(model, method.config(model)).to(device)
+        self.layers, self.heads = lora_layers(self.peft_model), trained_heads(self.peft_model)
+        self._global_version = ""
+        self._hooks: list[Any] = []
+        self._scalings: dict[str, float] = {}
+        for layer in self.layers.values():
+            self._prepare(layer)
+
+    def _prepare(self, layer: LoraLayer) -> None:
+        if self.method_dropout > 0:
+            layer.lora_dropout[ADAPTER] = SeededDropout(self.method_dropout)
+        if self.merge_global:
+            base_layer = layer.get_base_layer()
+            base_layer.weight = nn.Parameter(base_layer.weight.data, requires_grad=False)
+
+    @property
+    def method_dropout(self) -> float:
+        """Dropout probability before A."""
+        return float(getattr(self.method, "dropout", 0.0))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to call."""
+        return self.peft_model
+
+    def spec(self, seed: int) -> ModelSpec:
+        """Describe the target layers and heads to a strategy."""
+        return spec_of(self.layers, self.heads, seed, self.method.plugin_name)
+
+    def holds(self, version: str) -> bool:
+        """Tell whether the model is on this version of the global adapter."""
+        return version == self._global_version
+
+    def use_global(self, adapter: Adapter, version: str) -> None:
+        """Put the model on a version (hash) of the global adapter."""
+        self.check(adapter)
+        if self.merge_global:
+            self._merge(self.base.merged(adapter, version))
+        else:
+            self._run_beside(adapter.layers)
+        self._global_version = version
+
+    def _merge(self, weights: Mapping[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            parameter = layer.get_base_layer().weight
+            parameter.data = weights.get(name, self.base.weight(name)).to(parameter.device)
+
+    def _run_beside(self, updates: Mapping[str, Update]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            self.layers[name].get_base_layer().register_forward_hook(partial(_add_beside, update))
+            for name, update in updates.items()
+        ]
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter whose layers are not this model's.
+
+        Raises
+        ------
+        ConfigurationError
+            Naming the first layer that is unknown or of another shape.
+        """
+        for name, update in adapter.layers.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                raise ConfigurationError(f"the adapter has a layer {name} that this model does not adapt")
+            if update.shape != (shape := layer_shape(layer.get_base_layer())):
+                raise ConfigurationError(f"the adapter's layer {name} is {update.shape}; the model's is {shape}")
+
+    def load(self, adapter: Adapter, seed: int = 0) -> None:
+        """Take over an adapter's factors and heads; layers it lacks change nothing.
+
+        Parameters
+        ----------
+        adapter : Adapter
+            Low-rank layers only; the scale is in ``b``, and goes back to the method's own here.
+        seed : int
+            Seeds the adapter's dropout.
+        """
+        self.check(adapter)
+        for name, layer in self.layers.items():
+            update = adapter.layers.get(name) or _nothing(layer)
+            if not isinstance(update, LowRank):
+                raise ConfigurationError(f"layer {name} is dense; only low-rank layers can be trained")
+            self._scalings[name] = self.method.scaling(max(update.rank, 1))
+            _set_factors(layer, update, self._scalings[name])
+            if isinstance(dropout := layer.lora_dropout[ADAPTER], SeededDropout):
+                dropout.generator.manual_seed(seed)
+        for name, head in self.heads.items():
+            if name in adapter.extras:
+                head.data = adapter.extras[name].to(head.device, head.dtype).clone()
+
+    def read(self) -> Adapter:
+        """Return the factors as they are now, every scale in ``b``, on the CPU in fp32."""
+        layers: dict[str, Update] = {}
+        for name, layer in self.layers.items():
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            layers[name] = LowRank(
+                b.detach().float().cpu().flatten(1) * self._scalings[name], a.detach().float().cpu().flatten(1)
+            )
+        heads = {name: head.detach().float().cpu() for name, head in self.heads.items()}
+        return Adapter.pack(layers, heads, self.method.plugin_name)
+
+    def train_only(self, factors: TrainedFactors) -> list[nn.Parameter]:
+        """Let the named factors and the heads learn, freeze all else, and return what learns."""
+        for parameter in self.peft_model.parameters():
+            parameter.requires_grad_(False)
+        chosen = list(self.heads.values())
+        for layer in self.layers.values():
+            for letter, holder in (("a", layer.lora_A), ("b", layer.lora_B)):
+                if letter in factors:
+                    chosen.append(holder[ADAPTER].weight)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
+
+
+def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
+    """List the layers PEFT adapted, by the base model's own module names, sorted."""
+    found = {
+        name.removeprefix(PREFIX): module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)
+    }
+    return dict(sorted(found.items()))
+
+
+def trained_heads(peft_model: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters trained whole, by the base model's own parameter names, sorted."""
+    found = {
+        f"{name.removeprefix(PREFIX)}.{key}": parameter
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for key, parameter in module.modules_to_save[ADAPTER].named_parameters()
+    }
+    return dict(sorted(found.items()))
+
+
+def spec_of(layers: Mapping[str, Any], heads: Mapping[str, Tensor], seed: int, method: str) -> ModelSpec:
+    """Describe adapted layers and heads to a strategy."""
+    shapes = {name: layer_shape(layer.get_base_layer()) for name, layer in layers.items()}
+    return ModelSpec(shapes, seed, {name: head.detach().float().cpu().clone() for name, head in heads.items()}, method)
+
+
+def _nothing(layer: Any) -> LowRank:
+    out, inn = layer_shape(layer.get_base_layer())
+    return LowRank(torch.zeros(out, 0), torch.zeros(0, inn))
+
+
+def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
+    # Assigning .data keeps the Parameter objects (and what an optimizer or DP engine hooked to them) and works at any
+    # rank; PEFT's own config does not notice, which is why export writes a config of its own.
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a.data = update.a.to(a.device, a.dtype).reshape(update.rank, *a.shape[1:]).clone()
+    b.data = (update.b / scaling).to(b.device, b.dtype).reshape(b.shape[0], update.rank, *b.shape[2:])
+    layer.r[ADAPTER], layer.scaling[ADAPTER] = update.rank, scaling
+
+
+def _add_beside(update: Update, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = inputs[0].float()
+    if isinstance(update, LowRank):
+        extra = x @ update.a.to(x.device).T @ update.b.to(x.device).T
+    else:
+        extra = x @ update.w.to(x.device).T
+    return output + extra.to(output.dtype)
+
+

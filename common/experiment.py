@@ -1,0 +1,230 @@
+"""The whole configuration of a run: frozen, complete, and checked before anything starts.
+
+Every field's description is the text of ``docs/configuration.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from common.errors import ConfigurationError
+from common.plugins import explain
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """Base of the experiment's tables: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PluginChoice(Section):
+    """A plug-in by name, with its own options."""
+
+    name: Name = Field(description="File name of the plug-in, without .py.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The plug-in's own options; see its section below."
+    )
+
+
+class ClientSettings(Section):
+    """One simulated client. On a real node its own client.toml takes this place."""
+
+    data: str | None = Field(
+        None,
+        description="With a task source and natural partition: the key of its documents (default: the client's name). "
+        "Without a task source: a path or data-set name of its own.",
+    )
+    rank: int | None = Field(None, ge=1, description="Rank it trains; default: the adapter's.")
+    pool: tuple[str, ...] = Field((), description="Names of clients whose training data it holds together.")
+    trains: bool = Field(True, description="Takes part in training.")
+    evaluates: bool = Field(True, description="Evaluates the model on its held-out part.")
+
+
+class TrainingSettings(Section):
+    """Local training on a client."""
+
+    steps: int = Field(20, ge=1, description="Optimizer steps per round.")
+    batch_size: int = Field(8, ge=1, description="Rows per forward pass.")
+    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    learning_rate: float = Field(5e-3, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="Fall of the learning rate over the whole run, round by round and step by step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up at the beginning of every round.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Autocast of forward and backward; auto: bf16 on a GPU that has it, fp32 elsewhere."
+    )
+    base_precision: Literal["fp32", "bf16", "4bit"] = Field(
+        "fp32", description="How a node holds the base model; 4bit needs bitsandbytes and a GPU."
+    )
+    global_adapter: Literal["merged", "unmerged"] = Field(
+        "merged",
+        description="merged: nodes train on a copy of the target layers with the global adapter added; "
+        "unmerged: the global adapter runs beside the base (smaller, 1.1–1.4 times slower; needed for 4bit).",
+    )
+    gradient_checkpointing: bool = Field(False, description="Trade a second forward pass for memory.")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda or cuda:N.")
+    threads: int = Field(1, ge=1, description="CPU threads of each client's training; part of the same-bits promise.")
+
+
+class FederationSettings(Section):
+    """Rounds, cohorts and what happens when clients fail."""
+
+    rounds: int = Field(5, ge=1, description="Rounds to train.")
+    cohort_fraction: float = Field(1.0, gt=0, le=1, description="Share of the online clients sampled each round.")
+    cohort_size: int | None = Field(None, ge=1, description="Clients sampled each round, instead of the fraction.")
+    min_completion: float = Field(
+        0.5, ge=0, le=1, description="Share of the cohort whose valid replies a round needs (at least one reply)."
+    )
+    deadline_s: float = Field(3600.0, gt=0, description="Seconds a client has to answer.")
+    join_timeout_s: float = Field(60.0, gt=0, description="Seconds to wait for enough clients to be online.")
+    on_failure: Literal["skip", "stop"] = Field(
+        "skip", description="After a round without quorum: skip to the next one, or stop the run."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many rounds without a better held-out loss."
+    )
+    weighting: Literal["examples", "equal"] = Field("examples", description="Weight of a client in the average.")
+    max_num_examples: int = Field(
+        10_000_000, ge=1, description="Replies that claim more examples than this are left out."
+    )
+    max_update_norm: float | None = Field(
+        None, gt=0, description="Replies whose factors' norm exceeds this are left out."
+    )
+    wire: Literal["fp32", "fp16"] = Field("fp32", description="Number format of adapters on the wire.")
+    keep_replies: bool = Field(False, description="Keep every reply after its round is committed.")
+
+
+class EvaluationSettings(Section):
+    """Where and how often the model is evaluated."""
+
+    on: tuple[Literal["clients", "server"], ...] = Field(
+        ("clients",), description="clients: each on its held-out part; server: on the task's public data."
+    )
+    every: int = Field(1, ge=1, description="Evaluate every so many rounds; round 0 and the last one always.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that evaluate, sampled once per run.")
+    certificate: bool = Field(
+        True, description="Measure the merge's error against the exact average, while clients evaluate."
+    )
+
+
+class SimulationSettings(Section):
+    """Simulated clients on one machine."""
+
+    driver: Literal["inprocess", "ray"] = Field("inprocess", description="Where clients run.")
+    workers: int = Field(0, ge=0, description="Clients trained side by side; 0: one per CPU core (one on a GPU).")
+    clients: int = Field(0, ge=0, description="Number of virtual clients, instead of a [clients] table.")
+    ranks: tuple[int, ...] = Field((), description="Ranks of the virtual clients, in turn.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a client fails in a round, seeded.")
+    offline: float = Field(0.0, ge=0, lt=1, description="Chance that a client is offline in a round, seeded.")
+    stragglers: float = Field(0.0, ge=0, lt=1, description="Chance that a client answers late in a round, seeded.")
+    straggler_delay_s: float = Field(5.0, gt=0, description="Seconds a straggler waits before it answers.")
+    client_cpus: float = Field(1.0, gt=0, description="CPUs per client (ray driver).")
+    client_gpus: float = Field(0.0, ge=0, description="GPUs per client (ray driver).")
+
+
+class Experiment(Section):
+    """Everything that defines a run."""
+
+    name: Name = Field("experiment", description="Short name; part of the run's id.")
+    seed: int = Field(0, ge=0, description="Every random choice of the run derives from it.")
+    task: PluginChoice = Field(description="Data, base model, loss and evaluation.")
+    adapter: PluginChoice = Field(
+        default_factory=lambda: PluginChoice(name="lora"), description="How an adapter is attached and trained."
+    )
+    strategy: PluginChoice = Field(
+        default_factory=lambda: PluginChoice(name="flora"), description="How the server merges adapters."
+    )
+    clients: dict[Name, ClientSettings] = Field(
+        default_factory=dict, description="Simulated clients by name: [clients.NAME]."
+    )
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="Local training.")
+    federation: FederationSettings = Field(default_factory=FederationSettings, description="Rounds and cohorts.")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Evaluation.")
+    simulation: SimulationSettings = Field(default_factory=SimulationSettings, description="Simulation.")
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any]) -> Experiment:
+        """Build an experiment from nested tables.
+
+        Raises
+        ------
+        ConfigurationError
+            With every unknown key, wrong value and contradiction at once.
+        """
+        try:
+            experiment = cls.model_validate(dict(table))
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, "experiment")) from None
+        if problems := experiment.contradictions():
+            raise ConfigurationError(problems)
+        return experiment
+
+    @classmethod
+    def from_json(cls, text: str) -> Experiment:
+        """Read what ``model_dump_json`` wrote."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, "experiment")) from None
+
+    def contradictions(self) -> list[str]:
+        """List settings that exclude one another, in sentences."""
+        training, federation, simulation = self.training, self.federation, self.simulation
+        found = []
+        if training.base_precision == "4bit" and training.global_adapter == "merged":
+            found.append('training.base_precision "4bit" cannot be merged into; set training.global_adapter = "unmerged"')
+        if federation.cohort_size is not None and federation.cohort_fraction != 1.0:
+            found.append("federation.cohort_size and federation.cohort_fraction exclude one another; set one")
+        if simulation.clients and self.clients:
+            found.append("simulation.clients and the [clients] table exclude one another; use one")
+        if not simulation.clients and not self.clients:
+            found.append("there are no clients; add a [clients.NAME] table or set simulation.clients")
+        if simulation.ranks and not simulation.clients:
+            found.append("simulation.ranks belongs to simulation.clients; give each [clients.NAME] its rank instead")
+        if any(rank < 1 for rank in simulation.ranks):
+            found.append(f"simulation.ranks holds {min(simulation.ranks)}; ranks are at least 1")
+        unknown = {name for c in self.clients.values() for name in c.pool} - set(self.clients)
+        if unknown:
+            found.append(f"a client's pool names unknown clients: {', '.join(sorted(unknown))}")
+        if self.clients and not any(client.trains for client in self.clients.values()):
+            found.append("no client trains; set trains = true for at least one")
+        if federation.patience and not self.evaluation.on:
+            found.append('federation.patience needs evaluation.on = ["clients"]')
+        return found
+
+    def simulated_clients(self) -> dict[str, ClientSettings]:
+        """List the clients of a simulation by name, virtual ones made up, in the order of their names."""
+        if not self.simulation.clients:
+            return dict(sorted(self.clients.items()))
+        width = len(str(self.simulation.clients))
+        ranks = self.simulation.ranks or (None,)
+        return {
+            f"client-{i + 1:0{width}d}": ClientSettings(rank=ranks[i % len(ranks)])
+            for i in range(self.simulation.clients)
+        }
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """List the settings in which two experiments differ, as ``key: old -> new``."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    keys = sorted(set(before) | set(after))
+    return [
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

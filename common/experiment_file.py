@@ -1,0 +1,86 @@
+"""Experiment files: TOML, presets by name, and ``--set key=value`` on top."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigurationError, DataError, UnknownNameError
+from common.experiment import Experiment
+
+PRESETS = Path(__file__).resolve().parents[1] / "simulations" / "presets"
+PLUGIN_SECTIONS = ("task", "adapter", "strategy")
+
+Table = dict[str, Any]
+
+
+def preset_names() -> list[str]:
+    """List the presets that come with LoRAFleet."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_experiment(source: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Read a preset or a file and apply overrides.
+
+    Parameters
+    ----------
+    source : str
+        Name of a preset, or path of a TOML file.
+    overrides : iterable of str
+        ``key.path=value``, values in TOML form; what is not TOML is taken as text.
+
+    Raises
+    ------
+    UnknownNameError, DataError, ConfigurationError
+        If there is no such preset or file, it is no TOML, or its content is wrong.
+    """
+    table = read_table(source)
+    for override in overrides:
+        apply_override(table, override)
+    return Experiment.parse(table)
+
+
+def read_table(source: str) -> Table:
+    """Read the nested tables of a preset or a TOML file, unchecked."""
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        if source not in preset_names():
+            raise UnknownNameError("preset", source, preset_names(), "or give the path of a .toml file")
+        path = PRESETS / f"{source}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"experiment file {source} cannot be read: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"experiment file {source} is not TOML: {error}") from None
+
+
+def apply_override(table: Table, override: str) -> None:
+    """Set one ``key.path=value`` in nested tables.
+
+    Choosing another plug-in drops the options of the one before, which are not its own.
+    """
+    key, separator, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not separator or not all(parts):
+        raise ConfigurationError(f"--set {override!r} is not of the form key.path=value")
+    *path, last = parts
+    place = table
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigurationError(f"--set {override!r}: {part} is a value, not a table")
+    value = _value(text.strip())
+    if last == "name" and len(path) == 1 and path[0] in PLUGIN_SECTIONS and place.get("name") != value:
+        place.pop("options", None)
+    place[last] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

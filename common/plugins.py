@@ -1,0 +1,169 @@
+"""Plug-ins found by file name: ``<package>/<name>.py`` *is* the plug-in ``<name>``.
+
+A plug-in is one frozen pydantic class; its fields are its hyper-parameters, each with a description, a range
+and a default. ``lorafleet --plugins DIR`` adds a user's own files: ``DIR/<family>/<name>.py``, where the
+family is the last part of the package's name (``aggregation``, ``methods``, ``tasks``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import ConfigurationError, UnknownNameError
+
+PLUGINS_VARIABLE = "LORAFLEET_PLUGINS"
+"""Environment variable that carries ``--plugins`` to worker processes."""
+
+
+class Plugin(BaseModel):
+    """Base of every plug-in: frozen options, unknown keys refused, named after its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def plugin_name(self) -> str:
+        """Name of the file that defines the plug-in."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+T = TypeVar("T", bound=Plugin)
+
+
+@dataclass(frozen=True)
+class Family(Generic[T]):
+    """All plug-ins of one package.
+
+    Parameters
+    ----------
+    package : str
+        Import path whose modules each define one ``contract``; names with a leading underscore are not
+        plug-ins.
+    contract : type
+        Base class.
+    kind : str
+        What people call a member, for messages.
+    """
+
+    package: str
+    contract: type[T]
+    kind: str
+
+    def names(self) -> list[str]:
+        """List the members, the user's own included, without importing them."""
+        return sorted({*self._built_in(), *self._own_files()})
+
+    def source(self, name: str) -> str:
+        """Tell where a member comes from: ``built-in`` or the user's file."""
+        return str(self._own_files().get(name, "built-in"))
+
+    def plugin(self, name: str) -> type[T]:
+        """Import the member ``name``.
+
+        Raises
+        ------
+        UnknownNameError
+            If there is no such member; lists the known ones.
+        ConfigurationError
+            If its file does not define exactly one class of the family, or has a built-in member's name.
+        """
+        if name not in self.names():
+            raise UnknownNameError(self.kind, name, self.names())
+        own = self._own_files().get(name)
+        if own and name in self._built_in():
+            raise ConfigurationError(
+                f"{own} has the name of the built-in {self.kind} {name}; rename the file"
+            )
+        module = (
+            _load_file(self.package, name, own) if own else importlib.import_module(f"{self.package}.{name}")
+        )
+        found = [
+            member
+            for member in vars(module).values()
+            if inspect.isclass(member)
+            and issubclass(member, self.contract)
+            and member.__module__ == module.__name__
+        ]
+        found = [member for member in found if not inspect.isabstract(member)]
+        if len(found) != 1:
+            names = [member.__name__ for member in found]
+            raise ConfigurationError(
+                f"{own or module.__name__} must define exactly one {self.contract.__name__}, "
+                f"it defines {names}"
+            )
+        return found[0]
+
+    def create(self, name: str, options: Mapping[str, Any] | None = None) -> T:
+        """Build the member ``name`` from its options.
+
+        Raises
+        ------
+        ConfigurationError
+            With one problem per wrong option.
+        """
+        plugin = self.plugin(name)
+        try:
+            return plugin(**(options or {}))
+        except ValidationError as error:
+            raise ConfigurationError(
+                explain(error, f"{self.kind} {name}", list(plugin.model_fields))
+            ) from None
+
+    def _built_in(self) -> list[str]:
+        path = importlib.import_module(self.package).__path__
+        return [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
+
+    def _own_files(self) -> dict[str, Path]:
+        folder = os.environ.get(PLUGINS_VARIABLE)
+        if not folder:
+            return {}
+        if not Path(folder).is_dir():
+            raise ConfigurationError(
+                f"there is no folder {folder}; --plugins expects one with your own plug-ins"
+            )
+        files = (Path(folder) / self.package.rpartition(".")[2]).glob("[!_]*.py")
+        return {file.stem: file.resolve() for file in sorted(files)}
+
+
+@cache
+def _load_file(package: str, name: str, file: Path) -> ModuleType:
+    full_name = f"{package}.{name}"
+    spec = importlib.util.spec_from_file_location(full_name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[full_name]
+        raise ConfigurationError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def explain(error: ValidationError, where: str, known: list[str] | None = None) -> list[str]:
+    """Turn pydantic's errors into one line each: where, what was given, what was expected."""
+    problems = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            listed = f"; known are: {', '.join(known)}" if known else ""
+            problems.append(f"{where}: unknown key {path!r}{listed}")
+        elif item["type"] == "missing":
+            problems.append(f"{where}: {path} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            problems.append(f"{where}: {path + ': ' if path else ''}{message}{given}")
+    return problems

@@ -1,0 +1,63 @@
+"""Where a client's training starts: the dispatched factors, completed to the client's rank."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.adapter import Adapter
+from common.errors import ConfigurationError
+from common.federation import Dispatch, ModelSpec
+from common.lowrank import Dense, LowRank, Update
+from common.seeds import derive_seed
+
+
+def fresh_a(seed: int, layer: str, rank: int, in_features: int) -> Tensor:
+    """Draw an input factor as PEFT does (Kaiming uniform, a = √5: uniform in ±1/√in), float32 on the CPU.
+
+    Rows are drawn one after the other, so the first rows of a higher rank equal those of a lower one.
+
+    Parameters
+    ----------
+    seed : int
+        Shared by all layers of an adapter; each layer draws from a seed of its own.
+    layer : str
+        Module name.
+    rank, in_features : int
+        Shape of the result.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "a", layer))
+    bound = 1 / math.sqrt(in_features)
+    return torch.rand(rank, in_features, generator=generator).mul_(2 * bound).sub_(bound)
+
+
+def starting_adapter(dispatch: Dispatch, spec: ModelSpec) -> Adapter:
+    """Complete the dispatched start to every target layer at the client's rank.
+
+    Missing rows of ``a`` are drawn from the dispatch's seed with ``b`` = 0, so they change nothing at first;
+    surplus rows are cut, which only happens when a strategy sends more than the layer or the client can hold.
+
+    Raises
+    ------
+    ConfigurationError
+        If the start holds a dense layer, which no adapter can be trained from.
+    """
+    seed = dispatch.seed if dispatch.frozen_a is None else dispatch.frozen_a
+    layers: dict[str, Update] = {}
+    for layer, (out, inn) in spec.layers.items():
+        rank = spec.layer_rank(layer, dispatch.rank)
+        a, b = fresh_a(seed, layer, rank, inn), torch.zeros(out, rank)
+        given = dispatch.start.layers.get(layer)
+        if isinstance(given, Dense):
+            raise ConfigurationError(
+                f"layer {layer} is to start from a dense matrix; a strategy must send factors"
+            )
+        if given is not None:
+            held = min(given.rank, rank)
+            b[:, :held] = given.b[:, :held]
+            if dispatch.frozen_a is None:
+                a[:held] = given.a[:held]
+        layers[layer] = LowRank(b, a)
+    return Adapter.pack(layers, dispatch.start.extras or spec.heads, spec.method)

@@ -1,0 +1,1 @@
+"""The coordinator: Flower's ServerApp, the round loop, screening, commit and resume."""

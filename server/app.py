@@ -1,0 +1,104 @@
+"""The coordinator's ServerApp: opens the run, goes on where it stands, and settles how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.errors import ConfigurationError, LoRAFleetError, UserError
+from common.experiment import Experiment
+from common.federation import ModelSpec, ServerState
+from common.fingerprint import code_fingerprint
+from common.store import Run, RunLock, RunStore
+from common.workspace import method_of, model_spec
+from server.federation import Federation
+from server.journal import StoreJournal
+from server.nodes import Nodes
+from server.progress import announce
+from server.rounds import run_rounds
+from strategies import AggregationStrategy, aggregation_strategy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation that was created in the store, to its end."""
+    home, run = Path(str(context.run_config["home"])), str(context.run_config["run-id"])
+    with RunStore.open(home) as store, RunLock(store.run_folder(run)):
+        try:
+            coordinate(grid, store, store.get_run(run))
+        except KeyboardInterrupt:
+            store.set_status(run, "interrupted", "interrupted; go on with: lorafleet resume " + run)
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, LoRAFleetError) else f"{type(error).__name__}: "
+            store.set_status(run, "failed", f"{kind}{error}")
+            raise
+
+
+def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
+    """Run the rounds that are left of a run and publish its adapter."""
+    experiment = Experiment.from_json(run.experiment)
+    strategy = aggregation_strategy(experiment.strategy.name, **experiment.strategy.options)
+    spec = model_spec(experiment)
+    journal = StoreJournal(store, run.id, experiment.federation.keep_replies)
+    federation = Federation(
+        run.id,
+        experiment,
+        strategy,
+        spec,
+        method_of(experiment).rank,
+        grid,
+        Nodes(grid, run.id),
+        journal,
+    )
+    store.set_status(run.id, "running")
+    state = journal.restore(spec)
+    first = 0 if state is None else run.rounds_done + 1
+    waited = 0 if run.best_round is None else run.rounds_done - run.best_round
+    if state is None:
+        state = initial_state(experiment, strategy, spec)
+    state = run_rounds(federation, state, first, run.best_metric, waited)
+    journal.publish(state)
+    store.set_status(run.id, "completed")
+    announce("run_finished", f"run {run.id} completed", state.round)
+
+
+def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec) -> ServerState:
+    """Build the state before round 1; an adapter to start from becomes the global adapter.
+
+    Raises
+    ------
+    ConfigurationError
+        If that adapter does not fit the base model.
+    """
+    state = strategy.init(spec)
+    given = method_of(experiment).initial()
+    if given is None:
+        return state
+    for name, update in given.layers.items():
+        if spec.layers.get(name) != update.shape:
+            raise ConfigurationError(
+                f"the adapter to start from has layer {name} of shape {update.shape}; the model has "
+                f"{spec.layers.get(name, 'no such target layer')}"
+            )
+    return replace(state, global_adapter=given)
+
+
+def check_fingerprint(run: Run) -> None:
+    """Refuse to go on with a run that other code began.
+
+    Raises
+    ------
+    UserError
+        If the node code differs from the one the run began with.
+    """
+    if run.fingerprint != code_fingerprint():
+        raise UserError(
+            f"run {run.id} was begun by code {run.fingerprint}, this is {code_fingerprint()}; "
+            "check out that version, or add --any-code to go on with this one"
+        )

@@ -1,0 +1,54 @@
+"""Who takes part: seeded choices among the clients that are online."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from common.experiment import ClientSettings, Experiment
+from common.seeds import chance, derive_seed
+
+
+def choose(names: Iterable[str], count: int, seed: int, *purpose: str | int) -> list[str]:
+    """Choose ``count`` names at random, by the order of their hashes; sorted by name.
+
+    A client that joins or leaves changes the choice among the others as little as possible.
+    """
+    ranked = sorted(names, key=lambda name: (derive_seed(seed, *purpose, name), name))
+    return sorted(ranked[:count])
+
+
+def training_cohort(experiment: Experiment, number: int, online: Iterable[str]) -> list[str]:
+    """Choose the clients of a training round.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Cohort size, seed and simulated absence.
+    number : int
+        Round, from 1.
+    online : iterable of str
+        Names of the nodes that answer.
+    """
+    federation, simulation = experiment.federation, experiment.simulation
+    here = [
+        name
+        for name in sorted(online)
+        if settings_of(experiment, name).trains
+        and not chance(simulation.offline, experiment.seed, "offline", number, name)
+    ]
+    count = federation.cohort_size or max(1, round(federation.cohort_fraction * len(here)))
+    return choose(here, count, experiment.seed, "cohort", number)
+
+
+def evaluation_cohort(experiment: Experiment, online: Iterable[str]) -> list[str]:
+    """Choose the clients that evaluate: the same ones in every round."""
+    if "clients" not in experiment.evaluation.on:
+        return []
+    able = [name for name in online if settings_of(experiment, name).evaluates]
+    count = max(1, round(experiment.evaluation.fraction * len(able)))
+    return choose(able, count, experiment.seed, "evaluation")
+
+
+def settings_of(experiment: Experiment, name: str) -> ClientSettings:
+    """Return a client's settings; a real node that the experiment does not list has the defaults."""
+    return experiment.clients.get(name, ClientSettings())

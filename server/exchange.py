@@ -1,0 +1,68 @@
+"""Sends orders and takes the answers as they come, until all are there or the deadline is over."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.flower import abandon_messages, error_name, wait_for_replies
+from server.orders import Order
+
+Answered = Callable[[Order, Message], None]
+Failed = Callable[[Order, str, str], None]
+
+_RAISED = re.compile(r"<class '(?P<kind>[\w.]+)'>:<'(?P<text>.*)'>", re.DOTALL)
+
+
+def exchange(
+    grid: Grid,
+    orders: Sequence[Order],
+    deadline_s: float,
+    answered: Answered,
+    failed: Failed,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
+    """Send orders and hand over each answer as it arrives.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, of any driver.
+    orders : sequence of Order
+        One per client.
+    deadline_s : float, seconds
+        Clients that have not answered by then are late.
+    answered : callable
+        Gets the order and the reply's message.
+    failed : callable
+        Gets the order, ``failed`` or ``late``, and the reason.
+    meanwhile : callable, optional
+        Work for this process while the clients are busy.
+    """
+    ids = list(grid.push_messages([order.message for order in orders]))
+    waiting = dict(zip(ids, orders, strict=True))
+    end = time.monotonic() + deadline_s
+    if meanwhile is not None:
+        meanwhile()
+    while waiting and (left := end - time.monotonic()) > 0:
+        for reply in wait_for_replies(grid, list(waiting), left):
+            order = waiting.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                failed(order, "failed", readable(reply.error.code, reply.error.reason))
+            else:
+                answered(order, reply)
+    abandon_messages(grid, list(waiting))
+    for order in waiting.values():
+        failed(order, "late", f"no answer within the deadline of {deadline_s:g} s")
+
+
+def readable(code: int, reason: str | None) -> str:
+    """Turn Flower's error into one line for people."""
+    text = " ".join((reason or error_name(code)).split())
+    if match := _RAISED.search(text):
+        text = f"{match['kind'].rpartition('.')[2]}: {match['text']}"
+    return text[:500]

@@ -1,0 +1,52 @@
+"""What every phase of a round needs to know of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from common.experiment import Experiment
+from common.federation import ClientInfo, ModelSpec
+from server.cohort import settings_of
+from server.journal import Journal
+from server.nodes import Nodes
+from strategies import AggregationStrategy
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """A run's fixed parts.
+
+    Parameters
+    ----------
+    run : str
+        Id of the run.
+    experiment : Experiment
+        Its settings.
+    strategy : AggregationStrategy
+        How replies are merged.
+    spec : ModelSpec
+        What strategies know of the model.
+    default_rank : int
+        Rank of clients that name none.
+    grid : Grid
+        Flower's way to the nodes.
+    nodes : Nodes
+        Who is online.
+    journal : Journal
+        What is remembered.
+    """
+
+    run: str
+    experiment: Experiment
+    strategy: AggregationStrategy
+    spec: ModelSpec
+    default_rank: int
+    grid: Grid
+    nodes: Nodes
+    journal: Journal
+
+    def client(self, name: str) -> ClientInfo:
+        """Describe a client to the strategy."""
+        return ClientInfo(name, settings_of(self.experiment, name).rank or self.default_rank)

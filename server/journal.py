@@ -1,0 +1,218 @@
+"""A run's memory on disk: replies as they arrive, one commit per round, and where to go on.
+
+Artefacts are written before the transaction that names them, so whatever the store knows is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.adapter_file import adapter_bytes, read_state, state_bytes, whole_adapter
+from common.errors import CorruptArtefact
+from common.federation import ModelSpec, ServerState
+from common.messages import TrainAnswer
+from common.parcel_file import parcel_bytes, read_parcel
+from common.store import Artefact, ClientRound, Event, Metric, Round, RunStore, verify, write_artefact
+from common.wire import Parcel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RoundRecord:
+    """All that is known of a round when it is committed."""
+
+    number: int
+    cohort: tuple[str, ...]
+    base_version: int
+    started_at: datetime
+    status: str = "committed"
+    reason: str | None = None
+    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: list[tuple[str, float, str, str]] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    error: float | None = None
+    exact: bool = False
+    samples: str | None = None
+
+    def measure(self, name: str, value: float, client: str = "", layer: str = "") -> None:
+        """Add a number, of the whole federation unless a client or layer is named."""
+        self.metrics.append((name, value, client, layer))
+
+    def value(self, name: str) -> float | None:
+        """Return a number of the whole federation."""
+        return next((value for key, value, client, layer in self.metrics if (key, client, layer) == (name, "", "")), None)
+
+
+class Journal(Protocol):
+    """What the round loop needs to remember."""
+
+    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> tuple[str, ...]:
+        """Begin a round; a resumed one gets the cohort it had."""
+        ...
+
+    def kept(self, number: int) -> Mapping[str, tuple[TrainAnswer, Parcel]]:
+        """Return the replies of an interrupted round."""
+        ...
+
+    def keep(self, number: int, answer: TrainAnswer, parcel: Parcel, rank: int) -> None:
+        """Keep a reply that passed the screening."""
+        ...
+
+    def reply(self, number: int, client: str) -> tuple[TrainAnswer, Parcel]:
+        """Read a kept reply again."""
+        ...
+
+    def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
+        """Commit a round and its state."""
+        ...
+
+
+@dataclass
+class StoreJournal:
+    """The journal of a run in a store."""
+
+    store: RunStore
+    run: str
+    keep_replies: bool = False
+
+    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> tuple[str, ...]:
+        """Begin a round; a resumed one gets the cohort it had."""
+        return self.store.begin_round(self.run, number, cohort, base_version).cohort
+
+    def kept(self, number: int) -> dict[str, tuple[TrainAnswer, Parcel]]:
+        """Return the replies of an interrupted round; damaged ones are left out, their clients are asked again."""
+        found = {}
+        for client in self.store.client_rounds(self.run, number):
+            if client.status != "received" or client.artefact_path is None or client.artefact_sha256 is None:
+                continue
+            try:
+                verify(self.store.artefact_file(self.run, client.artefact_path), client.artefact_sha256)
+                found[client.client] = self.reply(number, client.client)
+            except CorruptArtefact as error:
+                log.warning("%s; client %s is asked again", error, client.client)
+        return found
+
+    def keep(self, number: int, answer: TrainAnswer, parcel: Parcel, rank: int) -> None:
+        """Write a reply to disk, then its row."""
+        content = parcel_bytes(parcel, answer.model_dump_json())
+        file = write_artefact(self._folder, self._reply_name(number, answer.client), content)
+        self.store.record_client(
+            ClientRound(
+                self.run,
+                number,
+                answer.client,
+                "received",
+                rank=rank,
+                num_examples=int(answer.num_examples),
+                bytes_up=parcel.nbytes,
+                seconds=answer.seconds,
+                artefact_path=file.path,
+                artefact_sha256=file.sha256,
+            )
+        )
+
+    def reply(self, number: int, client: str) -> tuple[TrainAnswer, Parcel]:
+        """Read a kept reply again."""
+        parcel, header, _ = read_parcel(self._folder / self._reply_name(number, client))
+        return TrainAnswer.model_validate_json(header), parcel
+
+    def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
+        """Write state and samples, then everything else in one transaction."""
+        number, artefacts = record.number, []
+        file = write_artefact(self._folder, f"rounds/{number:04d}/state.safetensors", state_bytes(state))
+        artefacts.append(Artefact(self.run, number, "state", file.path, file.sha256, file.nbytes))
+        if record.samples is not None:
+            made = write_artefact(self._folder, f"rounds/{number:04d}/samples.json", record.samples.encode())
+            artefacts.append(Artefact(self.run, number, "samples", made.path, made.sha256, made.nbytes))
+        now = datetime.now(UTC)
+        row = Round(
+            self.run,
+            number,
+            record.started_at,
+            status=record.status,  # type: ignore[arg-type]
+            reason=record.reason,
+            cohort=record.cohort,
+            base_version=record.base_version,
+            bytes_up=record.bytes_up,
+            bytes_down=record.bytes_down,
+            seconds=(now - record.started_at).total_seconds(),
+            phases=record.phases,
+            error=record.error,
+            exact=record.exact,
+            state_path=artefacts[0].path,
+            state_sha256=file.sha256,
+        )
+        changes: dict[str, Any] = {"rounds_done": number}
+        if best:
+            changes |= {"best_round": number, "best_metric": best_metric(record)}
+        self.store.commit_round(
+            row,
+            [ClientRound(self.run, number, name, **values) for name, values in sorted(record.clients.items())],
+            [Metric(self.run, number, name, value, client, layer) for name, value, client, layer in record.metrics],
+            artefacts,
+            [Event(self.run, record.status, _sentence(record), now, number)],
+            **changes,  # type: ignore[arg-type]
+        )
+        if not self.keep_replies:
+            shutil.rmtree(self._folder / f"rounds/{number:04d}/replies", ignore_errors=True)
+
+    def restore(self, spec: ModelSpec) -> ServerState | None:
+        """Return the state after the last round that ended, or None before round 0.
+
+        Raises
+        ------
+        CorruptArtefact
+            If that state is damaged; the message offers the round before.
+        """
+        ended = [row for row in self.store.rounds(self.run) if row.status != "running"]
+        if not ended:
+            return None
+        last = ended[-1]
+        assert last.state_path is not None and last.state_sha256 is not None
+        path = self.store.artefact_file(self.run, last.state_path)
+        try:
+            verify(path, last.state_sha256)
+            return read_state(path, spec)
+        except CorruptArtefact as error:
+            offer = f"; go on from the round before: lorafleet resume {self.run} --from-round {last.round - 1}"
+            raise CorruptArtefact(f"{error}{offer if last.round > 0 else ''}") from None
+
+    def publish(self, state: ServerState) -> None:
+        """Write the run's adapter: global and start adapter in one."""
+        name = f"adapter-{state.round:04d}.safetensors"
+        file = write_artefact(self._folder, name, adapter_bytes(whole_adapter(state)))
+        self.store.update_run(self.run, adapter_path=file.path, adapter_sha256=file.sha256)
+
+    @property
+    def _folder(self) -> Path:
+        return self.store.run_folder(self.run)
+
+    @staticmethod
+    def _reply_name(number: int, client: str) -> str:
+        return f"rounds/{number:04d}/replies/{client}.safetensors"
+
+
+def best_metric(record: RoundRecord) -> float | None:
+    """Return the number runs are judged by: held-out loss, or the server's where clients do not evaluate."""
+    held_out = record.value("held_out_loss")
+    return record.value("unseen_loss") if held_out is None else held_out
+
+
+def _sentence(record: RoundRecord) -> str:
+    if record.status == "failed":
+        return f"round {record.number} failed: {record.reason}"
+    replied = sum(values["status"] == "accepted" for values in record.clients.values())
+    loss = best_metric(record)
+    shown = "" if loss is None else f", loss {loss:.4f}"
+    if record.number == 0:
+        return f"before training{shown}"
+    return f"round {record.number}: {replied} of {len(record.cohort)} replied, {record.bytes_up / 1e6:.1f} MB{shown}"

@@ -1,0 +1,93 @@
+"""Which nodes are online, and which client each one is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from common.errors import ClientError, RunError
+from common.fingerprint import code_fingerprint
+from common.flower import wait_for_replies
+from common.messages import Presence, Query
+from common.wire import read_message, write_message
+from server.progress import announce
+
+LOOK_EVERY_S = 0.5
+ANSWER_WITHIN_S = 30.0
+
+
+@dataclass
+class Nodes:
+    """The nodes of a grid by client name; asks each node once who it is.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, of any driver.
+    run : str
+        Id of the run, for the query.
+    """
+
+    grid: Grid
+    run: str
+    presences: dict[int, Presence] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+
+    def online(self) -> dict[str, int]:
+        """Return node ids by client name, asking nodes that are new."""
+        ids = set(self.grid.get_node_ids())
+        self._ask(ids - set(self.presences) - self.silent)
+        found: dict[str, int] = {}
+        for node in sorted(ids & set(self.presences)):
+            found.setdefault(self.presences[node].client, node)
+        return found
+
+    def wait_for(self, wanted: Collection[str], at_least: int, timeout: float) -> dict[str, int]:
+        """Wait until all wanted clients are online, or the timeout; then ``at_least`` must be.
+
+        Raises
+        ------
+        RunError
+            If fewer are online.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            online = self.online()
+            ready = len(online) >= at_least and set(wanted) <= set(online)
+            refused = len(self.silent) >= max(len(wanted), 1)
+            if ready or refused or time.monotonic() >= end:
+                break
+            time.sleep(LOOK_EVERY_S)
+        if len(online) < at_least:
+            raise RunError(
+                f"{len(online)} clients joined ({len(self.silent)} could not), at least {at_least} are needed; "
+                "start more nodes or raise federation.join_timeout_s"
+            )
+        return online
+
+    def _ask(self, new: set[int]) -> None:
+        if not new:
+            return
+        content = write_message(Query(run=self.run, fingerprint=code_fingerprint()))
+        messages = [Message(content, node, MessageType.QUERY, ttl=ANSWER_WITHIN_S) for node in sorted(new)]
+        waiting = set(self.grid.push_messages(messages))
+        end = time.monotonic() + ANSWER_WITHIN_S
+        while waiting and (left := end - time.monotonic()) > 0:
+            for reply in wait_for_replies(self.grid, sorted(waiting), left):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                self._note(reply, messages)
+
+    def _note(self, reply: Message, messages: list[Message]) -> None:
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        node = asked[reply.metadata.reply_to_message_id]
+        try:
+            if reply.has_error():
+                raise ClientError(reply.error.reason)
+            self.presences[node], _ = read_message(reply.content, Presence)
+        except ClientError as error:
+            self.silent.add(node)
+            announce("notice", f"node {node} cannot take part: {error}")

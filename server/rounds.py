@@ -1,0 +1,148 @@
+"""The round loop: plan, train, screen, aggregate, evaluate, commit, and again.
+
+A plain function over Flower's Grid. Whatever kills the process, a run goes on at the first round that was not
+committed, with the replies it had received.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from common.errors import RunError
+from common.federation import ServerState
+from common.workspace import cpu_threads
+from server.certificate import write_certificate
+from server.cohort import training_cohort
+from server.evaluation import evaluation_phase, is_evaluated
+from server.federation import Federation
+from server.journal import RoundRecord, best_metric
+from server.progress import announce
+from server.training import Collection, training_phase
+
+
+def run_rounds(federation: Federation, state: ServerState, first: int, best: float | None, waited: int) -> ServerState:
+    """Run the rounds that are left.
+
+    Parameters
+    ----------
+    federation : Federation
+        The run.
+    state : ServerState
+        After the last committed round, or fresh.
+    first : int
+        Round to begin with; 0 evaluates the untrained model.
+    best : float or None
+        Best loss so far.
+    waited : int
+        Rounds since then.
+
+    Returns
+    -------
+    ServerState
+        After the last round.
+
+    Raises
+    ------
+    RunError
+        If too few nodes join, a failed round stops the run, or no round trained anything.
+    """
+    settings = federation.experiment.federation
+    wanted = federation.experiment.simulated_clients()
+    federation.nodes.wait_for(list(wanted), settings.cohort_size or 1, settings.join_timeout_s)
+    for number in range(first, settings.rounds + 1):
+        record, state = run_round(federation, state, number)
+        loss = best_metric(record)
+        improved = loss is not None and (best is None or loss < best)
+        best, waited = (loss, 0) if improved else (best, waited + (number > 0))
+        federation.journal.commit(record, state, improved)
+        _announce_end(record, federation)
+        if record.status == "failed" and settings.on_failure == "stop":
+            raise RunError(f"round {number} failed: {record.reason}; mend it and resume the run")
+        if settings.patience is not None and waited >= settings.patience:
+            announce("notice", f"stopped: {waited} rounds without a better loss (federation.patience)", number)
+            break
+    if state.round == 0:
+        raise RunError("no round brought a valid reply, so nothing was trained; see the reasons above")
+    return state
+
+
+def run_round(federation: Federation, state: ServerState, number: int) -> tuple[RoundRecord, ServerState]:
+    """Run one round up to its commit."""
+    online = federation.nodes.online()
+    cohort = training_cohort(federation.experiment, number, online) if number else []
+    cohort = list(federation.journal.begin(number, cohort, state.base_version))
+    record = RoundRecord(number, tuple(cohort), state.base_version, datetime.now(UTC))
+    total = federation.experiment.federation.rounds
+    announce("round_started", f"round {number} of {total}", number, clients=cohort, rounds=total)
+    collection = None
+    if number:
+        with _timed(record, "train"):
+            collection = training_phase(federation, state, record, online)
+        with _timed(record, "aggregate"):
+            state = _merged(federation, state, collection)
+
+    def certify() -> None:
+        if collection is not None and record.status == "committed":
+            write_certificate(federation, state, collection)
+
+    if is_evaluated(federation, number):
+        with _timed(record, "evaluate"):
+            evaluation_phase(federation, state, record, online, certify)
+    else:
+        certify()
+    return record, replace(state, merged=None)
+
+
+def _merged(federation: Federation, state: ServerState, collection: Collection) -> ServerState:
+    """Merge what was collected if the quorum holds; otherwise the round has failed and changes nothing."""
+    record = collection.record
+    needed = max(1, round(federation.experiment.federation.min_completion * len(record.cohort)))
+    if len(collection.accepted) < needed:
+        record.status = "failed"
+        record.reason = f"{len(collection.accepted)} valid replies of {len(record.cohort)}, {needed} needed"
+        announce("round_failed", f"round {record.number} failed: {record.reason}", record.number)
+        return state
+    with cpu_threads(federation.experiment.training.threads):
+        merged = federation.strategy.finish(state, collection.accumulated)
+    for name, value in sorted(merged.metrics.items()):
+        record.measure(name, value)
+    _mean_train_loss(collection)
+    announce("aggregated", f"{len(collection.accepted)} updates merged", record.number)
+    return merged
+
+
+def _mean_train_loss(collection: Collection) -> None:
+    record, weights = collection.record, collection.weights
+    losses = {client: value for name, value, client, _ in record.metrics if name == "train_loss" and client}
+    if losses:
+        total = sum(weights[client] for client in losses)
+        record.measure("train_loss", sum(weights[client] * loss for client, loss in losses.items()) / total)
+
+
+@contextmanager
+def _timed(record: RoundRecord, phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        record.phases[phase] = time.perf_counter() - started
+
+
+def _announce_end(record: RoundRecord, federation: Federation) -> None:
+    if record.status == "failed":
+        return
+    numbers = {name: value for name, value, client, layer in record.metrics if not client and not layer}
+    announce(
+        "committed",
+        f"round {record.number} committed",
+        record.number,
+        metrics=numbers,
+        bytes_up=record.bytes_up,
+        bytes_down=record.bytes_down,
+        error=record.error,
+        rounds=federation.experiment.federation.rounds,
+    )

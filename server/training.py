@@ -1,0 +1,167 @@
+"""The training phase of a round: orders out, answers in, screened, kept, and merged in the order of names.
+
+Answers arrive in any order, but float sums must not depend on it. An answer is kept on disk as soon as it passed the
+screening, and added to the strategy's accumulator when it is its name's turn, so memory does not grow with the cohort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+
+from common.errors import LoRAFleetError
+from common.federation import ClientUpdate, ServerState
+from common.messages import TrainAnswer, TrainOrder
+from common.wire import Parcel, message_bytes, read_message
+from server.exchange import exchange
+from server.federation import Federation
+from server.journal import RoundRecord
+from server.orders import Order, OrderBook
+from server.progress import announce
+from server.screening import screen
+
+
+@dataclass
+class Collection:
+    """The answers of one round as they come in.
+
+    Parameters
+    ----------
+    federation : Federation
+        The run.
+    state : ServerState
+        What clients train on.
+    record : RoundRecord
+        Where every client's fate is written.
+    orders : dict
+        One order per client of the cohort, by name.
+    """
+
+    federation: Federation
+    state: ServerState
+    record: RoundRecord
+    orders: dict[str, Order]
+    accumulated: Any = None
+    accepted: list[str] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    _settled: dict[str, bool] = field(default_factory=dict)
+    _next: int = 0
+
+    def __post_init__(self) -> None:
+        self.accumulated = self.federation.strategy.begin(self.state)
+        self._names = sorted(self.orders)
+
+    def take(self, order: Order, message: Message) -> None:
+        """Take a reply that just arrived."""
+        self.record.bytes_up += (size := message_bytes(message.content))
+        try:
+            answer, parcels = read_message(message.content, TrainAnswer)
+            update = self._screened(order, answer, parcels)
+            self.federation.journal.keep(self.record.number, answer, parcels["update"], order.dispatch.rank)
+        except LoRAFleetError as error:
+            self.leave_out(order, "rejected", str(error), size)
+            return
+        self._accept(order, update, answer, size)
+
+    def take_kept(self, order: Order, answer: TrainAnswer, parcel: Parcel) -> bool:
+        """Take a reply kept before the run was interrupted; False if it does not fit this order."""
+        try:
+            update = self._screened(order, answer, {"update": parcel})
+        except LoRAFleetError as error:
+            announce("notice", f"{order.client}'s kept reply is not used: {error}", self.record.number)
+            return False
+        self.record.bytes_up += parcel.nbytes
+        self._accept(order, update, answer, parcel.nbytes)
+        return True
+
+    def leave_out(self, order: Order, status: str, reason: str, size: int = 0) -> None:
+        """Go on without a client, keeping the reason."""
+        self.record.clients[order.client] = {
+            "status": status,
+            "reason": reason,
+            "rank": order.dispatch.rank,
+            "bytes_up": size,
+            "bytes_down": message_bytes(order.message.content),
+        }
+        announce("left_out", f"{order.client} is left out: {reason}", self.record.number, order.client, status=status)
+        self._settle(order.client, None)
+
+    def update(self, client: str) -> ClientUpdate:
+        """Read an accepted update again."""
+        answer, parcel = self.federation.journal.reply(self.record.number, client)
+        return self._screened(self.orders[client], answer, {"update": parcel})
+
+    def _screened(self, order: Order, answer: TrainAnswer, parcels: dict[str, Parcel]) -> ClientUpdate:
+        assert isinstance(order.header, TrainOrder)
+        settings = self.federation.experiment.federation
+        return screen(order.header, order.dispatch, answer, parcels, self.state, settings)
+
+    def _accept(self, order: Order, update: ClientUpdate, answer: TrainAnswer, size: int) -> None:
+        name = order.client
+        self.weights[name] = update.num_examples
+        self.record.clients[name] = {
+            "status": "accepted",
+            "rank": order.dispatch.rank,
+            "num_examples": int(answer.num_examples),
+            "bytes_up": size,
+            "bytes_down": message_bytes(order.message.content),
+            "seconds": answer.seconds,
+        }
+        for key, value in update.metrics.items():
+            self.record.measure(key, value, name)
+        loss = update.metrics.get("train_loss")
+        text = f"{name} trained in {answer.seconds:.1f} s"
+        announce("reply", text, self.record.number, name, seconds=answer.seconds, train_loss=loss)
+        self._settle(name, update)
+
+    def _settle(self, name: str, update: ClientUpdate | None) -> None:
+        """Add every update whose turn has come; one that must wait is read from the journal later."""
+        self._settled[name] = update is not None
+        while self._next < len(self._names) and (current := self._names[self._next]) in self._settled:
+            self._next += 1
+            if self._settled[current]:
+                ready = update if update is not None and current == name else self.update(current)
+                self._add(current, ready)
+
+    def _add(self, name: str, update: ClientUpdate) -> None:
+        try:
+            self.accumulated = self.federation.strategy.add(self.accumulated, update)
+            self.accepted.append(name)
+        except LoRAFleetError as error:
+            self.leave_out(self.orders[name], "rejected", str(error))
+
+
+def training_phase(
+    federation: Federation, state: ServerState, record: RoundRecord, online: dict[str, int]
+) -> Collection:
+    """Let the cohort train and collect what it gives."""
+    kept = federation.journal.kept(record.number)
+    book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
+    attempt = 2 if kept else 1
+    orders = {
+        name: book.train(record.number, attempt, federation.client(name), online.get(name, 0))
+        for name in record.cohort
+    }
+    collection = Collection(federation, state, record, orders)
+    for name in sorted(set(kept) & set(orders)):
+        if not collection.take_kept(orders[name], *kept[name]):
+            del kept[name]
+    missing = [name for name in record.cohort if name not in kept]
+    _send([orders[name] for name in missing], collection, online)
+    return collection
+
+
+def _send(orders: Sequence[Order], collection: Collection, online: dict[str, int]) -> None:
+    federation, record = collection.federation, collection.record
+    for order in orders:
+        if order.client not in online:
+            collection.leave_out(order, "offline", "offline since the round began")
+    asked = [order for order in orders if order.client in online]
+    record.bytes_down += sum(message_bytes(order.message.content) for order in asked)
+    announce("dispatched", f"{len(asked)} clients train", record.number, clients=[order.client for order in asked])
+    exchange(
+        federation.grid, asked, federation.experiment.federation.deadline_s, collection.take, collection.leave_out
+    )

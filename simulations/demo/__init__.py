@@ -1,0 +1,1 @@
+"""The demo's base model, and the program that made it."""

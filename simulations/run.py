@@ -1,0 +1,197 @@
+"""Start a federation on this machine, or go on with one, and return what came of it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from common.errors import ConfigurationError, RunError, UserError
+from common.experiment import Experiment, differences
+from common.fingerprint import code_fingerprint
+from common.home import default_home
+from common.store import Metric, Round, Run, RunLock, RunStore
+from common.workspace import choose_device, cores
+from server.plan import make_plan
+from server.progress import announce
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run as the store knows it.
+
+    Parameters
+    ----------
+    run : Run
+        Its row.
+    rounds : tuple of Round
+        Rounds that ended, 0 first.
+    measured : tuple of Metric
+        Every number of every round.
+    home : Path
+        Where its files are.
+    """
+
+    run: Run
+    rounds: tuple[Round, ...]
+    measured: tuple[Metric, ...]
+    home: Path
+
+    @cached_property
+    def metrics(self) -> Mapping[str, list[float]]:
+        """The federation's numbers by name, one per round that has them, in order."""
+        found: dict[str, list[float]] = {}
+        for metric in self.measured:
+            if not metric.client and not metric.layer:
+                found.setdefault(metric.name, []).append(metric.value)
+        return found
+
+    def round_metrics(self, number: int) -> dict[str, float]:
+        """Return the federation's numbers of one round."""
+        return {m.name: m.value for m in self.measured if m.round == number and not m.client and not m.layer}
+
+    @property
+    def adapter(self) -> Path | None:
+        """File of the final adapter."""
+        return self.home / self.run.adapter_path if self.run.adapter_path else None
+
+
+def simulate(experiment: Experiment, home: Path | str | None = None) -> FinishedRun:
+    """Run a federation on this machine.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    home : Path, optional
+        Folder of the store; default as for the command line.
+
+    Raises
+    ------
+    ConfigurationError, DataError, StoreError
+        If it cannot start.
+    RunError
+        If it failed.
+    """
+    place = Path(home) if home is not None else default_home()
+    for notice in make_plan(experiment).notices:
+        announce("notice", notice)
+    with RunStore.open(place) as store:
+        run = store.create_run(
+            _run_id(experiment.name),
+            name=experiment.name,
+            task=experiment.task.name,
+            strategy=experiment.strategy.name,
+            seed=experiment.seed,
+            experiment=experiment.model_dump_json(),
+            rounds_planned=experiment.federation.rounds,
+            fingerprint=code_fingerprint(),
+        )
+    return _drive(run, experiment, place)
+
+
+def resume(
+    name: str, home: Path | str | None = None, rounds: int | None = None, experiment: Experiment | None = None
+) -> FinishedRun:
+    """Go on with an interrupted or failed run, or extend a finished one.
+
+    Parameters
+    ----------
+    name : str
+        Id of the run, its beginning, or ``last``.
+    home : Path, optional
+        Folder of the store.
+    rounds : int, optional
+        New number of rounds in all.
+    experiment : Experiment, optional
+        What the user believes the run to be; refused if it differs from what the run began with.
+
+    Raises
+    ------
+    UserError
+        If there is nothing left to do, another process writes the run, or experiment or code changed.
+    """
+    place = Path(home) if home is not None else default_home()
+    with RunStore.open(place) as store:
+        run = store.get_run(name)
+        with RunLock(store.run_folder(run.id)):
+            begun = _checked(run, experiment)
+            wanted = begun.federation.rounds if rounds is None else rounds
+            if run.status == "completed" and wanted <= run.rounds_done:
+                raise UserError(f"run {run.id} has done its {run.rounds_done} rounds; extend it with --rounds N")
+            if wanted < run.rounds_done:
+                raise UserError(f"run {run.id} has done {run.rounds_done} rounds already; --rounds must be more")
+            federation = begun.federation.model_copy(update={"rounds": wanted})
+            begun = begun.model_copy(update={"federation": federation})
+            run = store.update_run(run.id, rounds_planned=wanted, experiment=begun.model_dump_json())
+    return _drive(run, begun, place)
+
+
+def _checked(run: Run, experiment: Experiment | None) -> Experiment:
+    begun = Experiment.from_json(run.experiment)
+    if experiment is not None and (changed := differences(begun, experiment)):
+        raise ConfigurationError(
+            [f"the experiment differs from the one run {run.id} began with; start a new run, or resume without the file"]
+            + changed
+        )
+    if run.fingerprint != code_fingerprint():
+        raise UserError(
+            f"run {run.id} was begun by other code ({run.fingerprint}, this is {code_fingerprint()}); "
+            "resume it with that version, or start a new run"
+        )
+    return begun
+
+
+def _drive(run: Run, experiment: Experiment, home: Path) -> FinishedRun:
+    config = {"experiment": experiment.model_dump_json(), "run-id": run.id, "home": str(home.absolute())}
+    if experiment.simulation.driver == "ray":
+        _on_ray(experiment, run.id, home)
+    else:
+        _in_process(experiment, config)
+    finished = load_run(run.id, home)
+    if finished.run.status != "completed":
+        raise RunError(f"run {run.id} {finished.run.status}: {finished.run.reason}")
+    return finished
+
+
+def _in_process(experiment: Experiment, config: dict[str, str]) -> None:
+    from client.app import app as client_app
+    from server.app import app as server_app
+    from simulations.inprocess import InProcessGrid
+
+    count = len(experiment.simulated_clients())
+    gpu = choose_device(experiment.training.device).type == "cuda"
+    workers = experiment.simulation.workers or (1 if gpu else cores())
+    with InProcessGrid(client_app, [{}] * count, dict(config), min(workers, count)) as grid:
+        server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), dict(config)))
+
+
+def _on_ray(experiment: Experiment, run: str, home: Path) -> None:
+    from simulations.flower_runtime import run_on_flower
+
+    run_on_flower(
+        experiment.model_dump_json(),
+        run_id=run,
+        home=home.absolute(),
+        num_clients=len(experiment.simulated_clients()),
+        cpus_per_client=experiment.simulation.client_cpus,
+        gpus_per_client=experiment.simulation.client_gpus,
+    )
+
+
+def load_run(name: str, home: Path) -> FinishedRun:
+    """Read a run with its rounds and numbers from the store."""
+    with RunStore.open(home) as store:
+        run = store.get_run(name)
+        rounds = tuple(row for row in store.rounds(run.id) if row.status != "running")
+        return FinishedRun(run, rounds, tuple(store.metrics(run.id)), home)
+
+
+def _run_id(name: str) -> str:
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{name}-{secrets.token_hex(2)}"
