@@ -10,6 +10,7 @@ from flwr.app import Context
 
 from common.errors import ClientError
 from common.experiment import Experiment
+from common.experiment_file import carried_experiment
 from common.tasks import Clients, clients_key
 
 
@@ -56,5 +57,5 @@ def node_of(context: Context) -> Node:
 
 @lru_cache(maxsize=4)
 def _read(text: str) -> tuple[Experiment, Clients]:
-    experiment = Experiment.from_json(text)
+    experiment = carried_experiment(text)
     return experiment, clients_key(experiment.simulated_clients())

@@ -27,9 +27,7 @@ class Position:
     client: str
 
 
-def train(
-    workspace: Workspace, rows: Rows, position: Position, trains: TrainedFactors = "ab"
-) -> dict[str, float]:
+def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedFactors = "ab") -> dict[str, float]:
     """Train the workspace's adapter in place.
 
     Parameters

@@ -35,9 +35,7 @@ def present(node: Node, content: RecordDict) -> RecordDict:
     device = choose_device(node.experiment.training.device)
     memory = free_memory(device)
     limit = largest_rank(model_spec(node.experiment), memory)
-    return write_message(
-        Presence(client=node.name, device=device_name(device), memory_bytes=memory, max_rank=limit)
-    )
+    return write_message(Presence(client=node.name, device=device_name(device), memory_bytes=memory, max_rank=limit))
 
 
 def train_order(node: Node, content: RecordDict) -> RecordDict:

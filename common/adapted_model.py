@@ -56,7 +56,11 @@ class AdaptedModel:
     """
 
     def __init__(
-        self, base: BaseModel, method: AdapterMethod, device: torch.device | str = "cpu", merge_global: bool = True
+        self,
+        base: BaseModel,
+        method: AdapterMethod,
+        device: torch.device | str = "cpu",
+        merge_global: bool = True,
     ) -> None:
         model = base.worker_copy()
         self.base, self.method, self.merge_global = base, method, merge_global
@@ -68,7 +72,7 @@ class AdaptedModel:
         for layer in self.layers.values():
             self._prepare(layer)
 
-    def _prepare(self, layer: LoraLayer) -> None:
+    def _prepare(self, layer: Any) -> None:
         if self.method_dropout > 0:
             layer.lora_dropout[ADAPTER] = SeededDropout(self.method_dropout)
         if self.merge_global:
@@ -159,7 +163,8 @@ class AdaptedModel:
         for name, layer in self.layers.items():
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             layers[name] = LowRank(
-                b.detach().float().cpu().flatten(1) * self._scalings[name], a.detach().float().cpu().flatten(1)
+                b.detach().float().cpu().flatten(1) * self._scalings[name],
+                a.detach().float().cpu().flatten(1),
             )
         heads = {name: head.detach().float().cpu() for name, head in self.heads.items()}
         return Adapter.pack(layers, heads, self.method.plugin_name)
@@ -181,7 +186,9 @@ class AdaptedModel:
 def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
     """List the layers PEFT adapted, by the base model's own module names, sorted."""
     found = {
-        name.removeprefix(PREFIX): module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)
+        name.removeprefix(PREFIX): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer)
     }
     return dict(sorted(found.items()))
 
@@ -217,12 +224,10 @@ def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
     layer.r[ADAPTER], layer.scaling[ADAPTER] = update.rank, scaling
 
 
-def _add_beside(update: Update, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_beside(update: Update, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x = inputs[0].float()
     if isinstance(update, LowRank):
         extra = x @ update.a.to(x.device).T @ update.b.to(x.device).T
     else:
         extra = x @ update.w.to(x.device).T
     return output + extra.to(output.dtype)
-
-

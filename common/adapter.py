@@ -150,9 +150,7 @@ class Adapter:
         )
         parts = [u.b if isinstance(u, LowRank) else u.w for _, u in named]
         parts += [t for _, t in heads] + [u.a for _, u in named if isinstance(u, LowRank)]
-        return cls(
-            torch.cat([part.detach().reshape(-1) for part in parts]) if parts else torch.empty(0), layout
-        )
+        return cls(torch.cat([part.detach().reshape(-1) for part in parts]) if parts else torch.empty(0), layout)
 
     @property
     def method(self) -> str:

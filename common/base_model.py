@@ -107,6 +107,6 @@ def base_model(key: str, load: Callable[[], nn.Module]) -> BaseModel:
 def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Attach an adapter with PEFT, one thread at a time and without touching torch's global generator."""
     with _lock, torch.random.fork_rng(devices=[]):
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     return peft_model

@@ -39,7 +39,10 @@ class ClientSettings(Section):
         description="With a task source and natural partition: the key of its documents (default: the client's name). "
         "Without a task source: a path or data-set name of its own.",
     )
-    rank: int | None = Field(None, ge=1, description="Rank it trains; default: the adapter's.")
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Rank it trains; default: the adapter's; auto: what its device can carry, at most the adapter's.",
+    )
     pool: tuple[str, ...] = Field((), description="Names of clients whose training data it holds together.")
     trains: bool = Field(True, description="Takes part in training.")
     evaluates: bool = Field(True, description="Evaluates the model on its held-out part.")
@@ -53,13 +56,15 @@ class TrainingSettings(Section):
     accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-3, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="Fall of the learning rate over the whole run, round by round and step by step."
+        "constant",
+        description="Fall of the learning rate over the whole run, round by round and step by step.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up at the beginning of every round.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Autocast of forward and backward; auto: bf16 on a GPU that has it, fp32 elsewhere."
+        "auto",
+        description="Autocast of forward and backward; auto: bf16 on a GPU that has it, fp32 elsewhere.",
     )
     base_precision: Literal["fp32", "bf16", "4bit"] = Field(
         "fp32", description="How a node holds the base model; 4bit needs bitsandbytes and a GPU."
@@ -81,16 +86,17 @@ class FederationSettings(Section):
     cohort_fraction: float = Field(1.0, gt=0, le=1, description="Share of the online clients sampled each round.")
     cohort_size: int | None = Field(None, ge=1, description="Clients sampled each round, instead of the fraction.")
     min_completion: float = Field(
-        0.5, ge=0, le=1, description="Share of the cohort whose valid replies a round needs (at least one reply)."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the cohort whose valid replies a round needs (at least one reply).",
     )
     deadline_s: float = Field(3600.0, gt=0, description="Seconds a client has to answer.")
     join_timeout_s: float = Field(60.0, gt=0, description="Seconds to wait for enough clients to be online.")
     on_failure: Literal["skip", "stop"] = Field(
         "skip", description="After a round without quorum: skip to the next one, or stop the run."
     )
-    patience: int | None = Field(
-        None, ge=1, description="Stop after this many rounds without a better held-out loss."
-    )
+    patience: int | None = Field(None, ge=1, description="Stop after this many rounds without a better held-out loss.")
     weighting: Literal["examples", "equal"] = Field("examples", description="Weight of a client in the average.")
     max_num_examples: int = Field(
         10_000_000, ge=1, description="Replies that claim more examples than this are left out."
@@ -137,7 +143,8 @@ class Experiment(Section):
     seed: int = Field(0, ge=0, description="Every random choice of the run derives from it.")
     task: PluginChoice = Field(description="Data, base model, loss and evaluation.")
     adapter: PluginChoice = Field(
-        default_factory=lambda: PluginChoice(name="lora"), description="How an adapter is attached and trained."
+        default_factory=lambda: PluginChoice(name="lora"),
+        description="How an adapter is attached and trained.",
     )
     strategy: PluginChoice = Field(
         default_factory=lambda: PluginChoice(name="flora"), description="How the server merges adapters."
@@ -180,7 +187,9 @@ class Experiment(Section):
         training, federation, simulation = self.training, self.federation, self.simulation
         found = []
         if training.base_precision == "4bit" and training.global_adapter == "merged":
-            found.append('training.base_precision "4bit" cannot be merged into; set training.global_adapter = "unmerged"')
+            found.append(
+                'training.base_precision "4bit" cannot be merged into; set training.global_adapter = "unmerged"'
+            )
         if federation.cohort_size is not None and federation.cohort_fraction != 1.0:
             found.append("federation.cohort_size and federation.cohort_fraction exclude one another; set one")
         if simulation.clients and self.clients:

@@ -42,6 +42,14 @@ def load_experiment(source: str, overrides: Iterable[str] = ()) -> Experiment:
     return Experiment.parse(table)
 
 
+def carried_experiment(text: str) -> Experiment:
+    """Read what Flower's run configuration carries: a whole experiment as JSON, or a preset or file by name.
+
+    Empty text, as in a bare ``flwr run .``, is the quickstart.
+    """
+    return Experiment.from_json(text) if text.lstrip().startswith("{") else load_experiment(text or "quickstart")
+
+
 def read_table(source: str) -> Table:
     """Read the nested tables of a preset or a TOML file, unchecked."""
     path = Path(source)

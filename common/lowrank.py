@@ -54,8 +54,7 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.b.dim() != 2 or self.a.dim() != 2 or self.b.shape[1] != self.a.shape[0]:
             raise ConfigurationError(
-                f"factors of shape {tuple(self.b.shape)} and {tuple(self.a.shape)} do not form "
-                "b (out, r) @ a (r, in)"
+                f"factors of shape {tuple(self.b.shape)} and {tuple(self.a.shape)} do not form b (out, r) @ a (r, in)"
             )
 
     @property
@@ -140,6 +139,11 @@ class Dense:
         """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.w.double()))
 
+    def low_rank(self) -> LowRank:
+        """Factor the matrix into its singular vectors, dropping nothing but rounding."""
+        svd = Svd(*torch.linalg.svd(self.w.double(), full_matrices=False))
+        return svd.factors(kept_rank(svd.s, None, None, resolution(self.w.dtype, self.shape)), self.w.dtype)
+
 
 Update = LowRank | Dense
 
@@ -171,9 +175,7 @@ def stack(parts: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
     """
     if weights is not None:
         wide = torch.promote_types(parts[0].b.dtype, torch.float32)
-        parts = [
-            LowRank(part.b.to(wide) * w, part.a.to(wide)) for part, w in zip(parts, weights, strict=True)
-        ]
+        parts = [LowRank(part.b.to(wide) * w, part.a.to(wide)) for part, w in zip(parts, weights, strict=True)]
     return LowRank(torch.cat([part.b for part in parts], dim=1), torch.cat([part.a for part in parts], dim=0))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,6 +32,9 @@ class Plugin(BaseModel):
     """Base of every plug-in: frozen options, unknown keys refused, named after its file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path_options: ClassVar[tuple[str, ...]] = ()
+    """Options that may name a file or folder; a run keeps them absolute."""
 
     @property
     def plugin_name(self) -> str:
@@ -83,25 +86,18 @@ class Family(Generic[T]):
             raise UnknownNameError(self.kind, name, self.names())
         own = self._own_files().get(name)
         if own and name in self._built_in():
-            raise ConfigurationError(
-                f"{own} has the name of the built-in {self.kind} {name}; rename the file"
-            )
-        module = (
-            _load_file(self.package, name, own) if own else importlib.import_module(f"{self.package}.{name}")
-        )
+            raise ConfigurationError(f"{own} has the name of the built-in {self.kind} {name}; rename the file")
+        module = _load_file(self.package, name, own) if own else importlib.import_module(f"{self.package}.{name}")
         found = [
             member
             for member in vars(module).values()
-            if inspect.isclass(member)
-            and issubclass(member, self.contract)
-            and member.__module__ == module.__name__
+            if inspect.isclass(member) and issubclass(member, self.contract) and member.__module__ == module.__name__
         ]
         found = [member for member in found if not inspect.isabstract(member)]
         if len(found) != 1:
             names = [member.__name__ for member in found]
             raise ConfigurationError(
-                f"{own or module.__name__} must define exactly one {self.contract.__name__}, "
-                f"it defines {names}"
+                f"{own or module.__name__} must define exactly one {self.contract.__name__}, it defines {names}"
             )
         return found[0]
 
@@ -117,9 +113,7 @@ class Family(Generic[T]):
         try:
             return plugin(**(options or {}))
         except ValidationError as error:
-            raise ConfigurationError(
-                explain(error, f"{self.kind} {name}", list(plugin.model_fields))
-            ) from None
+            raise ConfigurationError(explain(error, f"{self.kind} {name}", list(plugin.model_fields))) from None
 
     def _built_in(self) -> list[str]:
         path = importlib.import_module(self.package).__path__
@@ -130,9 +124,7 @@ class Family(Generic[T]):
         if not folder:
             return {}
         if not Path(folder).is_dir():
-            raise ConfigurationError(
-                f"there is no folder {folder}; --plugins expects one with your own plug-ins"
-            )
+            raise ConfigurationError(f"there is no folder {folder}; --plugins expects one with your own plug-ins")
         files = (Path(folder) / self.package.rpartition(".")[2]).glob("[!_]*.py")
         return {file.stem: file.resolve() for file in sorted(files)}
 

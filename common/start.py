@@ -51,9 +51,7 @@ def starting_adapter(dispatch: Dispatch, spec: ModelSpec) -> Adapter:
         a, b = fresh_a(seed, layer, rank, inn), torch.zeros(out, rank)
         given = dispatch.start.layers.get(layer)
         if isinstance(given, Dense):
-            raise ConfigurationError(
-                f"layer {layer} is to start from a dense matrix; a strategy must send factors"
-            )
+            raise ConfigurationError(f"layer {layer} is to start from a dense matrix; a strategy must send factors")
         if given is not None:
             held = min(given.rank, rank)
             b[:, :held] = given.b[:, :held]

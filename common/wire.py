@@ -1,6 +1,6 @@
 """The wire codec: adapters and headers as Flower records, and back. Nobody else builds or reads records.
 
-An adapter travels as one blob, its buffer in fp32 or fp16, beside a JSON manifest with the layout and the blob's sha256.
+An adapter travels as one blob, its buffer in fp32 or fp16, beside a JSON manifest with its layout and its sha256.
 Nothing is unpickled; sizes are checked before a byte is interpreted. A factor ``a`` that is frozen and shared stays
 away: the receiver draws it again from its seed.
 """
@@ -61,7 +61,12 @@ class Parcel:
     @property
     def manifest(self) -> str:
         """Describe the blob in JSON."""
-        described = {"layout": self.layout.to_json(), "wire": self.wire, "whole": self.whole, "sha256": self.sha256}
+        described = {
+            "layout": self.layout.to_json(),
+            "wire": self.wire,
+            "whole": self.whole,
+            "sha256": self.sha256,
+        }
         return json.dumps(described)
 
 
@@ -125,7 +130,7 @@ def write_message(header: Header, parcels: Mapping[str, Parcel] | None = None) -
         name: Array(dtype="uint8", shape=(parcel.nbytes,), stype=STYPE, data=parcel.data)
         for name, parcel in parcels.items()
     }
-    return RecordDict({HEADER: ConfigRecord(dict(config)), ARRAYS: ArrayRecord(arrays)})  # type: ignore[arg-type]
+    return RecordDict({HEADER: ConfigRecord(dict(config)), ARRAYS: ArrayRecord(arrays)})
 
 
 def read_message(content: RecordDict, kind: type[H]) -> tuple[H, dict[str, Parcel]]:

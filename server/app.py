@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import ConfigurationError, LoRAFleetError, UserError
+from common.errors import ConfigurationError, LoRAFleetError
 from common.experiment import Experiment
+from common.experiment_file import carried_experiment
 from common.federation import ModelSpec, ServerState
 from common.fingerprint import code_fingerprint
+from common.home import default_home
 from common.store import Run, RunLock, RunStore
 from common.workspace import method_of, model_spec
 from server.federation import Federation
 from server.journal import StoreJournal
 from server.nodes import Nodes
+from server.plan import make_plan
 from server.progress import announce
 from server.rounds import run_rounds
 from strategies import AggregationStrategy, aggregation_strategy
@@ -26,9 +31,36 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation that was created in the store, to its end."""
-    home, run = Path(str(context.run_config["home"])), str(context.run_config["run-id"])
-    with RunStore.open(home) as store, RunLock(store.run_folder(run)):
+    """Run a federation to its end: one that was created in the store, or a new one of the experiment named."""
+    config = {key: str(value) for key, value in context.run_config.items()}
+    home = Path(config["home"]) if config["home"] else default_home()
+    with RunStore.open(home) as store:
+        _run_locked(grid, store, config["run-id"] or _new_run(store, config["experiment"]))
+
+
+def _new_run(store: RunStore, text: str) -> str:
+    experiment = carried_experiment(text)
+    make_plan(experiment)
+    return create_run(store, experiment).id
+
+
+def create_run(store: RunStore, experiment: Experiment) -> Run:
+    """Enter a new run into the store."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return store.create_run(
+        f"{stamp}-{experiment.name}-{secrets.token_hex(2)}",
+        name=experiment.name,
+        task=experiment.task.name,
+        strategy=experiment.strategy.name,
+        seed=experiment.seed,
+        experiment=experiment.model_dump_json(),
+        rounds_planned=experiment.federation.rounds,
+        fingerprint=code_fingerprint(),
+    )
+
+
+def _run_locked(grid: Grid, store: RunStore, run: str) -> None:
+    with RunLock(store.run_folder(run)):
         try:
             coordinate(grid, store, store.get_run(run))
         except KeyboardInterrupt:
@@ -50,6 +82,7 @@ def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
         run.id,
         experiment,
         strategy,
+        experiment.simulated_clients(),
         spec,
         method_of(experiment).rank,
         grid,
@@ -87,18 +120,3 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
                 f"{spec.layers.get(name, 'no such target layer')}"
             )
     return replace(state, global_adapter=given)
-
-
-def check_fingerprint(run: Run) -> None:
-    """Refuse to go on with a run that other code began.
-
-    Raises
-    ------
-    UserError
-        If the node code differs from the one the run began with.
-    """
-    if run.fingerprint != code_fingerprint():
-        raise UserError(
-            f"run {run.id} was begun by code {run.fingerprint}, this is {code_fingerprint()}; "
-            "check out that version, or add --any-code to go on with this one"
-        )

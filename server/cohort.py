@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from common.experiment import ClientSettings, Experiment
 from common.seeds import chance, derive_seed
+
+DEFAULTS = ClientSettings()
+"""Settings of a node that the experiment does not list."""
 
 
 def choose(names: Iterable[str], count: int, seed: int, *purpose: str | int) -> list[str]:
@@ -17,13 +20,17 @@ def choose(names: Iterable[str], count: int, seed: int, *purpose: str | int) -> 
     return sorted(ranked[:count])
 
 
-def training_cohort(experiment: Experiment, number: int, online: Iterable[str]) -> list[str]:
+def training_cohort(
+    experiment: Experiment, clients: Mapping[str, ClientSettings], number: int, online: Iterable[str]
+) -> list[str]:
     """Choose the clients of a training round.
 
     Parameters
     ----------
     experiment : Experiment
         Cohort size, seed and simulated absence.
+    clients : mapping of str to ClientSettings
+        Settings of the clients the experiment knows; other nodes have the defaults.
     number : int
         Round, from 1.
     online : iterable of str
@@ -33,22 +40,19 @@ def training_cohort(experiment: Experiment, number: int, online: Iterable[str]) 
     here = [
         name
         for name in sorted(online)
-        if settings_of(experiment, name).trains
+        if clients.get(name, DEFAULTS).trains
         and not chance(simulation.offline, experiment.seed, "offline", number, name)
     ]
     count = federation.cohort_size or max(1, round(federation.cohort_fraction * len(here)))
     return choose(here, count, experiment.seed, "cohort", number)
 
 
-def evaluation_cohort(experiment: Experiment, online: Iterable[str]) -> list[str]:
+def evaluation_cohort(
+    experiment: Experiment, clients: Mapping[str, ClientSettings], online: Iterable[str]
+) -> list[str]:
     """Choose the clients that evaluate: the same ones in every round."""
     if "clients" not in experiment.evaluation.on:
         return []
-    able = [name for name in online if settings_of(experiment, name).evaluates]
+    able = [name for name in online if clients.get(name, DEFAULTS).evaluates]
     count = max(1, round(experiment.evaluation.fraction * len(able)))
     return choose(able, count, experiment.seed, "evaluation")
-
-
-def settings_of(experiment: Experiment, name: str) -> ClientSettings:
-    """Return a client's settings; a real node that the experiment does not list has the defaults."""
-    return experiment.clients.get(name, ClientSettings())

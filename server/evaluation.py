@@ -36,7 +36,7 @@ def evaluation_phase(
     meanwhile: Callable[[], None],
 ) -> None:
     """Evaluate a state on clients and server; ``meanwhile`` runs while the clients are busy."""
-    names = [name for name in evaluation_cohort(federation.experiment, sorted(online)) if name in online]
+    names = evaluation_cohort(federation.experiment, federation.clients, sorted(online))
     book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
     orders = [book.evaluate(record.number, name, online[name]) for name in names]
     record.bytes_down += sum(message_bytes(order.message.content) for order in orders)
@@ -109,4 +109,6 @@ def evaluate_here(federation: Federation, state: ServerState, record: RoundRecor
             for key, value in sorted(place.task.evaluate(place.adapted.model, rows).items()):
                 record.measure(f"unseen_{key}", value)
         if record.number in (0, experiment.federation.rounds):
-            record.samples = json.dumps([asdict(sample) for sample in place.task.samples(place.adapted.model)], indent=1)
+            record.samples = json.dumps(
+                [asdict(sample) for sample in place.task.samples(place.adapted.model)], indent=1
+            )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
 
-from common.experiment import Experiment
+from common.experiment import ClientSettings, Experiment
 from common.federation import ClientInfo, ModelSpec
-from server.cohort import settings_of
+from server.cohort import DEFAULTS
 from server.journal import Journal
 from server.nodes import Nodes
 from strategies import AggregationStrategy
@@ -26,6 +27,8 @@ class Federation:
         Its settings.
     strategy : AggregationStrategy
         How replies are merged.
+    clients : mapping of str to ClientSettings
+        The clients the experiment knows.
     spec : ModelSpec
         What strategies know of the model.
     default_rank : int
@@ -41,6 +44,7 @@ class Federation:
     run: str
     experiment: Experiment
     strategy: AggregationStrategy
+    clients: Mapping[str, ClientSettings]
     spec: ModelSpec
     default_rank: int
     grid: Grid
@@ -49,4 +53,7 @@ class Federation:
 
     def client(self, name: str) -> ClientInfo:
         """Describe a client to the strategy."""
-        return ClientInfo(name, settings_of(self.experiment, name).rank or self.default_rank)
+        rank = self.clients.get(name, DEFAULTS).rank
+        if rank == "auto":
+            rank = min(self.nodes.max_rank(name) or self.default_rank, self.default_rank)
+        return ClientInfo(name, rank or self.default_rank)

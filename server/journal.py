@@ -49,7 +49,10 @@ class RoundRecord:
 
     def value(self, name: str) -> float | None:
         """Return a number of the whole federation."""
-        return next((value for key, value, client, layer in self.metrics if (key, client, layer) == (name, "", "")), None)
+        return next(
+            (value for key, value, client, layer in self.metrics if (key, client, layer) == (name, "", "")),
+            None,
+        )
 
 
 class Journal(Protocol):
@@ -160,7 +163,7 @@ class StoreJournal:
             [Metric(self.run, number, name, value, client, layer) for name, value, client, layer in record.metrics],
             artefacts,
             [Event(self.run, record.status, _sentence(record), now, number)],
-            **changes,  # type: ignore[arg-type]
+            **changes,
         )
         if not self.keep_replies:
             shutil.rmtree(self._folder / f"rounds/{number:04d}/replies", ignore_errors=True)

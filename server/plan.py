@@ -10,7 +10,6 @@ from common.experiment import Experiment
 from common.federation import ModelSpec
 from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
-from server.cohort import settings_of
 from strategies import AggregationStrategy, aggregation_strategy
 
 BYTES = {"fp32": 4, "fp16": 2}
@@ -73,15 +72,13 @@ def make_plan(experiment: Experiment) -> Plan:
     _attempt(problems, lambda: choose_device(experiment.training.device))
     if problems or strategy is None or task is None or method is None:
         raise ConfigurationError(problems)
-    ranks = {
-        name: settings_of(experiment, name).rank or client.rank or method.rank
-        for name, client in experiment.simulated_clients().items()
-    }
-    training = {name: rank for name, rank in ranks.items() if settings_of(experiment, name).trains}
+    clients = experiment.simulated_clients()
+    ranks = {name: client.rank if isinstance(client.rank, int) else method.rank for name, client in clients.items()}
+    training = {name: rank for name, rank in ranks.items() if clients[name].trains}
     if refusals := strategy.refusals(training):
         raise ConfigurationError(refusals)
     spec = model_spec(experiment)
-    notices = task.check_data(clients_key(experiment.simulated_clients()), experiment.seed)
+    notices = task.check_data(clients_key(clients), experiment.seed)
     return _planned(experiment, strategy, spec, ranks, [*notices, *_clamped(spec, ranks)])
 
 
@@ -107,11 +104,16 @@ def _clamped(spec: ModelSpec, ranks: dict[str, int]) -> list[str]:
 
 
 def _planned(
-    experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec, ranks: dict[str, int], notices: list[str]
+    experiment: Experiment,
+    strategy: AggregationStrategy,
+    spec: ModelSpec,
+    ranks: dict[str, int],
+    notices: list[str],
 ) -> Plan:
     settings, number_size = experiment.federation, BYTES[experiment.federation.wire]
-    names = [name for name in ranks if settings_of(experiment, name).trains]
-    evaluating = [name for name in ranks if settings_of(experiment, name).evaluates]
+    known = experiment.simulated_clients()
+    names = [name for name in ranks if known[name].trains]
+    evaluating = [name for name in ranks if known[name].evaluates]
     cohort = min(settings.cohort_size or max(1, round(settings.cohort_fraction * len(names))), len(names))
     cohort_ranks = sorted((ranks[name] for name in names), reverse=True)[:cohort]
     heads = sum(head.numel() for head in spec.heads.values()) * number_size
@@ -126,8 +128,8 @@ def _planned(
         PlannedClient(
             name,
             rank,
-            settings_of(experiment, name).trains,
-            settings_of(experiment, name).evaluates,
+            known[name].trains,
+            known[name].evaluates,
             heads + number_size * _numbers(spec, rank, frozen),
             download(rank, settings.rounds - 1),
         )
@@ -136,7 +138,9 @@ def _planned(
     share = cohort / len(names)
     trained = sum(download(ranks[name], done) for name in names for done in range(settings.rounds)) * share
     on_clients = "clients" in experiment.evaluation.on
-    rounds = [n for n in range(settings.rounds + 1) if n in (0, settings.rounds) or n % experiment.evaluation.every == 0]
+    rounds = [
+        n for n in range(settings.rounds + 1) if n in (0, settings.rounds) or n % experiment.evaluation.every == 0
+    ]
     widest = max(cohort_ranks)
     judged = sum(download(widest, done) for done in rounds) * len(evaluating) * experiment.evaluation.fraction
     return Plan(

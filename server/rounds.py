@@ -51,8 +51,7 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
         If too few nodes join, a failed round stops the run, or no round trained anything.
     """
     settings = federation.experiment.federation
-    wanted = federation.experiment.simulated_clients()
-    federation.nodes.wait_for(list(wanted), settings.cohort_size or 1, settings.join_timeout_s)
+    federation.nodes.wait_for(federation.clients, settings.cohort_size or 1, settings.join_timeout_s)
     for number in range(first, settings.rounds + 1):
         record, state = run_round(federation, state, number)
         loss = best_metric(record)
@@ -73,7 +72,7 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
 def run_round(federation: Federation, state: ServerState, number: int) -> tuple[RoundRecord, ServerState]:
     """Run one round up to its commit."""
     online = federation.nodes.online()
-    cohort = training_cohort(federation.experiment, number, online) if number else []
+    cohort = training_cohort(federation.experiment, federation.clients, number, online) if number else []
     cohort = list(federation.journal.begin(number, cohort, state.base_version))
     record = RoundRecord(number, tuple(cohort), state.base_version, datetime.now(UTC))
     total = federation.experiment.federation.rounds

@@ -86,7 +86,13 @@ class Collection:
             "bytes_up": size,
             "bytes_down": message_bytes(order.message.content),
         }
-        announce("left_out", f"{order.client} is left out: {reason}", self.record.number, order.client, status=status)
+        announce(
+            "left_out",
+            f"{order.client} is left out: {reason}",
+            self.record.number,
+            order.client,
+            status=status,
+        )
         self._settle(order.client, None)
 
     def update(self, client: str) -> ClientUpdate:
@@ -142,15 +148,11 @@ def training_phase(
     book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
     attempt = 2 if kept else 1
     orders = {
-        name: book.train(record.number, attempt, federation.client(name), online.get(name, 0))
-        for name in record.cohort
+        name: book.train(record.number, attempt, federation.client(name), online.get(name, 0)) for name in record.cohort
     }
     collection = Collection(federation, state, record, orders)
-    for name in sorted(set(kept) & set(orders)):
-        if not collection.take_kept(orders[name], *kept[name]):
-            del kept[name]
-    missing = [name for name in record.cohort if name not in kept]
-    _send([orders[name] for name in missing], collection, online)
+    used = {name for name in sorted(set(kept) & set(orders)) if collection.take_kept(orders[name], *kept[name])}
+    _send([orders[name] for name in record.cohort if name not in used], collection, online)
     return collection
 
 
@@ -163,5 +165,9 @@ def _send(orders: Sequence[Order], collection: Collection, online: dict[str, int
     record.bytes_down += sum(message_bytes(order.message.content) for order in asked)
     announce("dispatched", f"{len(asked)} clients train", record.number, clients=[order.client for order in asked])
     exchange(
-        federation.grid, asked, federation.experiment.federation.deadline_s, collection.take, collection.leave_out
+        federation.grid,
+        asked,
+        federation.experiment.federation.deadline_s,
+        collection.take,
+        collection.leave_out,
     )

@@ -223,9 +223,7 @@ def _await_start(process: Popen[bytes], port: int, log: Path) -> None:
         except OSError:
             time.sleep(0.05)
     lines = _last_lines(log)
-    raise _with_lines(
-        RunError(f"Flower's SuperLink did not start: {lines[-1] if lines else 'no output'}"), lines
-    )
+    raise _with_lines(RunError(f"Flower's SuperLink did not start: {lines[-1] if lines else 'no output'}"), lines)
 
 
 def _free_port() -> int:

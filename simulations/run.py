@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, RecordDict
 
 from common.errors import ConfigurationError, RunError, UserError
-from common.experiment import Experiment, differences
+from common.experiment import Experiment, PluginChoice, differences
 from common.fingerprint import code_fingerprint
 from common.home import default_home
+from common.methods import METHODS
 from common.store import Metric, Round, Run, RunLock, RunStore
+from common.tasks import TASKS
 from common.workspace import choose_device, cores
+from server.app import create_run
 from server.plan import make_plan
 from server.progress import announce
 
@@ -61,6 +63,26 @@ class FinishedRun:
         return self.home / self.run.adapter_path if self.run.adapter_path else None
 
 
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """Make options that name existing files absolute: other processes work, and runs resume, in other folders."""
+    changed: dict[str, Any] = {}
+    for section, family in (("task", TASKS), ("adapter", METHODS)):
+        choice: PluginChoice = getattr(experiment, section)
+        named = {key: choice.options.get(key) for key in family.plugin(choice.name).path_options}
+        options = choice.options | {key: _absolute(value) for key, value in named.items() if value is not None}
+        changed[section] = choice.model_copy(update={"options": options})
+    changed["clients"] = {
+        name: client.model_copy(update={"data": _absolute(client.data)}) for name, client in experiment.clients.items()
+    }
+    return experiment.model_copy(update=changed)
+
+
+def _absolute(text: Any) -> Any:
+    if not isinstance(text, str) or text.startswith("builtin") or not Path(text).exists():
+        return text
+    return str(Path(text).absolute())
+
+
 def simulate(experiment: Experiment, home: Path | str | None = None) -> FinishedRun:
     """Run a federation on this machine.
 
@@ -79,19 +101,11 @@ def simulate(experiment: Experiment, home: Path | str | None = None) -> Finished
         If it failed.
     """
     place = Path(home) if home is not None else default_home()
+    experiment = with_absolute_paths(experiment)
     for notice in make_plan(experiment).notices:
         announce("notice", notice)
     with RunStore.open(place) as store:
-        run = store.create_run(
-            _run_id(experiment.name),
-            name=experiment.name,
-            task=experiment.task.name,
-            strategy=experiment.strategy.name,
-            seed=experiment.seed,
-            experiment=experiment.model_dump_json(),
-            rounds_planned=experiment.federation.rounds,
-            fingerprint=code_fingerprint(),
-        )
+        run = create_run(store, experiment)
     return _drive(run, experiment, place)
 
 
@@ -136,8 +150,7 @@ def _checked(run: Run, experiment: Experiment | None) -> Experiment:
     begun = Experiment.from_json(run.experiment)
     if experiment is not None and (changed := differences(begun, experiment)):
         raise ConfigurationError(
-            [f"the experiment differs from the one run {run.id} began with; start a new run, or resume without the file"]
-            + changed
+            [f"the experiment is not what run {run.id} began with; start a new run, or resume without it", *changed]
         )
     if run.fingerprint != code_fingerprint():
         raise UserError(
@@ -190,8 +203,3 @@ def load_run(name: str, home: Path) -> FinishedRun:
         run = store.get_run(name)
         rounds = tuple(row for row in store.rounds(run.id) if row.status != "running")
         return FinishedRun(run, rounds, tuple(store.metrics(run.id)), home)
-
-
-def _run_id(name: str) -> str:
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-{name}-{secrets.token_hex(2)}"

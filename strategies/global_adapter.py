@@ -55,9 +55,7 @@ def grow(
         joined = add(layers[name], part) if name in layers else part
         layers[name], discarded, squared = _recompressed(joined, rank, energy)
         lost, whole = lost + discarded, whole + squared
-    used = {
-        name: layer for name, layer in layers.items() if not (isinstance(layer, LowRank) and layer.rank == 0)
-    }
+    used = {name: layer for name, layer in layers.items() if not (isinstance(layer, LowRank) and layer.rank == 0)}
     return Adapter.pack(used, method=total.method), lost / whole if lost else 0.0
 
 

@@ -69,8 +69,7 @@ class WeightedSum:
         assert self.total is not None and self.layout is not None
         if joint is None:
             raise RejectedUpdate(
-                f"client {client} sent other layers, ranks or heads than the clients before it; "
-                "all must be equal"
+                f"client {client} sent other layers, ranks or heads than the clients before it; all must be equal"
             )
         if joint != self.layout:
             wider = self.total.new_zeros(joint.head_numel)

@@ -120,9 +120,7 @@ def centroids(units: Units, clusters: Clusters) -> Centroids:
     return Centroids(mean @ units.a, mean @ units.b, member @ units.mass, bool((owners == 1).any()))
 
 
-def stretch(
-    units: Units, clusters: Clusters, means: Centroids, norm: Norm, largest: float
-) -> tuple[Tensor, int]:
+def stretch(units: Units, clusters: Clusters, means: Centroids, norm: Norm, largest: float) -> tuple[Tensor, int]:
     """Tell by how much each centroid must grow to have its members' mean norm again.
 
     Averaging shrinks: the factor is at least 1 in any norm, and infinite where the members cancel.

@@ -29,9 +29,7 @@ def check_update(update: ClientUpdate, state: ServerState) -> None:
             "it must fetch the current one"
         )
     if update.adapter.method != spec.method:
-        raise RejectedUpdate(
-            f"{who} trained the method {update.adapter.method!r}; this run trains {spec.method!r}"
-        )
+        raise RejectedUpdate(f"{who} trained the method {update.adapter.method!r}; this run trains {spec.method!r}")
     for layer, part in update.adapter.layers.items():
         _check_layer(f"{who}, layer {layer}", part, spec.layers.get(layer))
     _check_heads(update, state)

@@ -37,9 +37,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
         return
     forbidden = os.environ.get("LORAFLEET_FORBID_SKIPS") == "1"
     listed = "; ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
-    reporter.write_line(
-        f"left out{', which is forbidden here' if forbidden else ''}: {listed}", red=forbidden
-    )
+    reporter.write_line(f"left out{', which is forbidden here' if forbidden else ''}: {listed}", red=forbidden)
     if forbidden and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -26,21 +26,33 @@ class Lora(AdapterMethod):
     """Plain LoRA on linear, Conv1D and convolution layers."""
 
     exact: ClassVar[Literal["mean", "stack", "dense"]] = "stack"
+    path_options: ClassVar[tuple[str, ...]] = ("start_from",)
 
-    rank: int = Field(8, ge=1, description="Rank of clients that name none of their own; above a layer's size it is clamped.")
-    alpha: float | None = Field(None, gt=0, description="LoRA's alpha; none: 2 × rank (2 × √rank with rslora), so that all ranks learn at scale 2.")
+    rank: int = Field(
+        8,
+        ge=1,
+        description="Rank of clients that name none of their own; above a layer's size it is clamped.",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="LoRA's alpha; none: 2 × rank (2 × √rank with rslora), so that all ranks learn at scale 2.",
+    )
     rslora: bool = Field(False, description="Scale by alpha / √rank instead of alpha / rank.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        ("q_proj", "v_proj"), description='Module names (or their ends) that get an adapter; "all-linear": every linear layer.'
+        ("q_proj", "v_proj"),
+        description='Module names (or their ends) that get an adapter; "all-linear": every linear layer.',
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A, seeded per round and client.")
     head: tuple[str, ...] = Field((), description="Modules trained whole beside the adapter, such as a classifier.")
-    start_from: str | None = Field(None, description="PEFT folder or LoRAFleet adapter file the federation starts from.")
+    start_from: str | None = Field(
+        None, description="PEFT folder or LoRAFleet adapter file the federation starts from."
+    )
 
     def config(self, model: nn.Module) -> LoraConfig:
         """Build PEFT's LoraConfig after checking that every target matches a layer."""
         names = [name for name, module in model.named_modules() if _can_adapt(module)]
-        targets = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules)
+        targets: list[str] = [self.target_modules] if isinstance(self.target_modules, str) else [*self.target_modules]
         everything = {name for name, _ in model.named_modules()}
         for target in targets:
             if target != "all-linear" and not any(_ends_with(name, target) for name in names):

@@ -107,9 +107,7 @@ def verify(path: Path, sha256: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CorruptArtefact(
-            f"{path} is unreadable ({_reason(error)}), expected sha256 {sha256}; {advice}"
-        ) from error
+        raise CorruptArtefact(f"{path} is unreadable ({_reason(error)}), expected sha256 {sha256}; {advice}") from error
     if found != sha256:
         raise CorruptArtefact(f"{path} has sha256 {found}, expected {sha256}; {advice}")
 

@@ -62,9 +62,7 @@ class Database:
         if not read_only:
             make_folder(home / RUNS)
         elif address.drivername == "sqlite" and not Path(address.database or "").exists():
-            raise StoreError(
-                f"{place} does not exist; simulate an experiment first, or choose another --home"
-            )
+            raise StoreError(f"{place} does not exist; simulate an experiment first, or choose another --home")
         engine = connect(address, read_only)
         try:
             with told_in_one_line(place):

@@ -58,9 +58,7 @@ def connect(url: URL, read_only: bool) -> Engine:
     try:
         engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
     except ImportError as error:
-        raise StoreError(
-            "the driver of PostgreSQL is missing; pip install 'lorafleet[postgresql]'"
-        ) from error
+        raise StoreError("the driver of PostgreSQL is missing; pip install 'lorafleet[postgresql]'") from error
     return engine.execution_options(postgresql_readonly=True) if read_only else engine
 
 
@@ -95,9 +93,7 @@ def _sqlite_reader(path: Path) -> Callable[[], sqlite3.Connection]:
 
 def _sqlite_connection(address: str) -> sqlite3.Connection:
     # isolation_level=None: BEGIN is ours alone, else tables would be made outside the transaction.
-    return sqlite3.connect(
-        address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
+    return sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def _with_begin(engine: Engine) -> Engine:

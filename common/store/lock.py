@@ -43,17 +43,18 @@ class RunLock:
             When another process writes the run, or the folder cannot be written.
         """
         make_folder(self._folder)
+        descriptor = None
         try:
             descriptor = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise unusable(self._folder / LOCK_FILE, error) from error
-        try:
             self._take(descriptor)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             remove_leftovers(self._folder)
-        except BaseException:
-            os.close(descriptor)
+        except BaseException as error:
+            if descriptor is not None:
+                os.close(descriptor)
+            if isinstance(error, OSError):
+                raise unusable(self._folder / LOCK_FILE, error) from error
             raise
         self._descriptor = descriptor
         return self
@@ -74,9 +75,7 @@ class RunLock:
                 time.sleep(_PAUSE_S)
         process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
         holder = f"process {process} on {host}" if host else "another process"
-        raise StoreError(
-            f"run {self._folder.name} is being written by {holder}; wait for it or stop it first"
-        )
+        raise StoreError(f"run {self._folder.name} is being written by {holder}; wait for it or stop it first")
 
 
 def is_locked(run_folder: Path) -> bool:
@@ -86,9 +85,7 @@ def is_locked(run_folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise StoreError(
-            f"cannot read {run_folder / LOCK_FILE} ({error.strerror}); check its rights"
-        ) from error
+        raise StoreError(f"cannot read {run_folder / LOCK_FILE} ({error.strerror}); check its rights") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

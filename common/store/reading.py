@@ -53,9 +53,7 @@ def find_run(connection: Connection, name: str) -> Run:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UnknownNameError(
-            "run", name, [run.id for run in found], "several begin so; give more of the id"
-        )
+        raise UnknownNameError("run", name, [run.id for run in found], "several begin so; give more of the id")
     raise unknown_run(connection, name)
 
 
@@ -90,9 +88,7 @@ def read_rounds(connection: Connection, run_id: str, round: int | None = None) -
 def read_clients(connection: Connection, run_id: str, round: int | None = None) -> list[ClientRound]:
     """Read what clients did, by round and name."""
     criteria = _where(ClientRoundRow, run=run_id, round=round)
-    return _read(
-        connection, ClientRoundRow, ClientRound, criteria, (ClientRoundRow.round, ClientRoundRow.client)
-    )
+    return _read(connection, ClientRoundRow, ClientRound, criteria, (ClientRoundRow.round, ClientRoundRow.client))
 
 
 def read_metrics(
@@ -104,9 +100,7 @@ def read_metrics(
     return _read(connection, MetricRow, Metric, criteria, order)
 
 
-def read_artefacts(
-    connection: Connection, run_id: str, kind: str | None, round: int | None
-) -> list[Artefact]:
+def read_artefacts(connection: Connection, run_id: str, kind: str | None, round: int | None) -> list[Artefact]:
     """Read artefacts by round and path, those of the whole run last."""
     criteria = _where(ArtefactRow, run=run_id, kind=kind, round=round)
     order = (ArtefactRow.round.nulls_last(), ArtefactRow.path)

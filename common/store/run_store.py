@@ -165,7 +165,7 @@ class RunStore:
             When a living process writes the run.
         """
         folder = self.run_folder(run_id)
-        with self._database.writing() as connection:
+        with self._database.reading() as connection:
             reading.require_run(connection, run_id)
         with RunLock(folder):
             with self._database.writing() as connection:

@@ -76,17 +76,17 @@ def _version(connection: Connection, place: str) -> str | None:
     tables = inspect(connection).get_table_names()
     if not tables:
         return None
-    if "alembic_version" not in tables or "runs" not in tables:
-        raise StoreError(f"{place} holds tables that are not LoRAFleet's; choose another database or --home")
-    return str(connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one())
+    if "alembic_version" in tables and "runs" in tables:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        if found is not None:
+            return str(found)
+    raise StoreError(f"{place} holds tables that are not LoRAFleet's; choose another database or --home")
 
 
 def _is_old(found: str, place: str) -> bool:
     known = known_versions()
     if found not in known:
-        raise StoreError(
-            f"{place} is of the newer version {found}, this code knows {known[-1]}; update LoRAFleet"
-        )
+        raise StoreError(f"{place} is of the newer version {found}, this code knows {known[-1]}; update LoRAFleet")
     return found != known[-1]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -50,6 +50,14 @@ class Sample:
 
 class Task(Plugin):
     """Base of the tasks."""
+
+    peft_task_type: ClassVar[str]
+    """PEFT's name of the task, written into exported adapters."""
+
+    @property
+    @abstractmethod
+    def base_place(self) -> str:
+        """Folder or hub name of the base model."""
 
     @abstractmethod
     def base_key(self, precision: str) -> str:

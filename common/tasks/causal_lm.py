@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -48,20 +48,45 @@ class TextRows:
 class CausalLm(Task):
     """Fine-tune a causal language model on texts."""
 
-    base_model: str = Field(BUILTIN, description='Folder or hub name of a transformers model; "builtin": the small demo model.')
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    path_options: ClassVar[tuple[str, ...]] = ("base_model", "source", "public")
+
+    base_model: str = Field(
+        BUILTIN, description='Folder or hub name of a transformers model; "builtin": the small demo model.'
+    )
     revision: str | None = Field(None, description="Hub revision of the base model.")
-    source: str | None = Field(None, description='One source for all clients: a file, a folder, "hub:NAME[:CONFIG[:SPLIT]]" or "builtin:code". Without it each client names its own data.')
+    source: str | None = Field(
+        None,
+        description='One source for all clients: a file, a folder, "hub:NAME[:CONFIG[:SPLIT]]" or "builtin:code". '
+        "Without it each client names its own data.",
+    )
     text_column: str = Field("text", description="Column of tables that holds the text.")
-    key_column: str | None = Field(None, description="Column of tables that names the owner, for natural and dirichlet partitions.")
-    partition: Literal["natural", "iid", "dirichlet", "size"] = Field("natural", description="How one source is shared out: by key, at random, skewed by Dirichlet, or in growing sizes.")
+    key_column: str | None = Field(
+        None, description="Column of tables that names the owner, for natural and dirichlet partitions."
+    )
+    partition: Literal["natural", "iid", "dirichlet", "size"] = Field(
+        "natural",
+        description="How one source is shared out: by key, at random, skewed by Dirichlet, or in growing sizes.",
+    )
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is skewed.")
+    piece_characters: int | None = Field(
+        None,
+        ge=16,
+        description="Cut documents into pieces of so many characters before sharing them out, for many clients.",
+    )
     held_out: float = Field(0.2, gt=0, lt=1, description="Share of each client's documents kept for evaluation.")
-    public: str | None = Field(None, description='Source the server evaluates on; "builtin:unseen": packages nobody owns.')
+    public: str | None = Field(
+        None, description='Source the server evaluates on; "builtin:unseen": packages nobody owns.'
+    )
     sequence_length: int = Field(128, ge=2, description="Tokens per row.")
-    packing: bool = Field(True, description="Join documents into full rows; otherwise one row is one window of one document.")
+    packing: bool = Field(
+        True, description="Join documents into full rows; otherwise one row is one window of one document."
+    )
     eval_rows: int = Field(32, ge=1, description="Rows of an evaluation at most, spread evenly.")
     eval_batch_size: int = Field(16, ge=1, description="Rows per forward pass of an evaluation.")
-    prompts: tuple[str, ...] = Field((), description="Beginnings the server lets the model continue, before and after training.")
+    prompts: tuple[str, ...] = Field(
+        (), description="Beginnings the server lets the model continue, before and after training."
+    )
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt.")
 
     def base_key(self, precision: str) -> str:
@@ -75,7 +100,8 @@ class CausalLm(Task):
         settings: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
         if precision == "4bit":
             settings = {"quantization_config": _four_bit(), "device_map": "auto"}
-        return _loaded(AutoModelForCausalLM.from_pretrained, self._place, config=self._config(), **settings)
+        load = AutoModelForCausalLM.from_pretrained
+        return cast(nn.Module, _loaded(load, self.base_place, config=self._config(), **settings))
 
     def architecture(self) -> nn.Module:
         """Build the model on torch's meta device from its configuration alone."""
@@ -118,7 +144,7 @@ class CausalLm(Task):
 
     def samples(self, model: nn.Module) -> Sequence[Sample]:
         """Continue each prompt greedily."""
-        tokenizer = tokenizer_of(self._place, self.revision)
+        tokenizer = tokenizer_of(self.base_place, self.revision)
         device = next(model.parameters()).device
         made = []
         for prompt in self.prompts:
@@ -135,18 +161,19 @@ class CausalLm(Task):
         return made
 
     @property
-    def _place(self) -> str:
+    def base_place(self) -> str:
+        """Folder or hub name of the base model."""
         return str(BUILTIN_BASE) if self.base_model == BUILTIN else self.base_model
 
     @property
     def _source(self) -> TextSource:
         scheme = Partition(kind=self.partition, alpha=self.alpha)
-        return TextSource(self.source, scheme, self.text_column, self.key_column, self.held_out)
+        return TextSource(self.source, scheme, self.text_column, self.key_column, self.held_out, self.piece_characters)
 
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        config = _loaded(AutoConfig.from_pretrained, self._place, revision=self.revision)
+        config = _loaded(AutoConfig.from_pretrained, self.base_place, revision=self.revision)
         for key, value in config.to_dict().items():
             if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
                 setattr(config, key, 0.0)
@@ -159,7 +186,7 @@ class CausalLm(Task):
         return read_documents(self.public, text_column=self.text_column)
 
     def _rows(self, documents: Sequence[Document]) -> TextRows:
-        tokenizer = tokenizer_of(self._place, self.revision)
+        tokenizer = tokenizer_of(self.base_place, self.revision)
         tokens = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
         cut = pack if self.packing else per_document
         return TextRows(cut(tokens, self.sequence_length, tokenizer.eos_token_id))

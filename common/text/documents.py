@@ -31,9 +31,7 @@ _LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit of 131,072 is too smal
 Row = Mapping[str, object]
 
 
-def read_documents(
-    source: str, *, text_column: str = "text", key_column: str | None = None
-) -> list[Document]:
+def read_documents(source: str, *, text_column: str = "text", key_column: str | None = None) -> list[Document]:
     """Read all documents of a source; blank ones are left out.
 
     Parameters
@@ -79,20 +77,14 @@ def _documents(source: str, text_column: str, key_column: str | None) -> Iterabl
         return _from_texts([path], path.parent)
     if path.suffix in _ROW_READERS:
         return _from_rows(str(path), _ROW_READERS[path.suffix](path), text_column, key_column)
-    raise DataError(
-        f"{source} has a form that cannot be read; expected {', '.join([*_TEXT_FILES, *_ROW_READERS])}"
-    )
+    raise DataError(f"{source} has a form that cannot be read; expected {', '.join([*_TEXT_FILES, *_ROW_READERS])}")
 
 
 def _from_folder(folder: Path) -> Iterator[Document]:
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in _TEXT_FILES and path.is_file()]
-    visible = [
-        path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
-        raise DataError(
-            f"{folder} holds no {', '.join(_TEXT_FILES)} file; for tables name the file, or {_HUB}{folder}"
-        )
+        raise DataError(f"{folder} holds no {', '.join(_TEXT_FILES)} file; for tables name the file, or {_HUB}{folder}")
     return _from_texts(visible, folder)
 
 
@@ -104,9 +96,7 @@ def _from_texts(paths: Iterable[Path], root: Path) -> Iterator[Document]:
             yield Document(relative.as_posix(), relative.parts[0] if len(relative.parts) > 1 else "", text)
 
 
-def _from_rows(
-    source: str, rows: Iterable[Row], text_column: str, key_column: str | None
-) -> Iterator[Document]:
+def _from_rows(source: str, rows: Iterable[Row], text_column: str, key_column: str | None) -> Iterator[Document]:
     for number, row in enumerate(rows, start=1):
         for column in (text_column, key_column):
             if column is not None and column not in row:

@@ -63,9 +63,7 @@ def partition(
     DataError
         If a part would be empty, a name stands twice, or the documents have no keys where keys are needed.
     """
-    names = (
-        [f"{number} of {parts}" for number in range(1, parts + 1)] if isinstance(parts, int) else list(parts)
-    )
+    names = [f"{number} of {parts}" for number in range(1, parts + 1)] if isinstance(parts, int) else list(parts)
     _check(documents, scheme, names)
     ordered = _shuffled(documents, seed, "partition")
     if scheme.kind == "natural":
@@ -83,9 +81,7 @@ def partition(
     return shares
 
 
-def split(
-    documents: Sequence[Document], held_out: float = 0.2, seed: int = 0
-) -> tuple[list[Document], list[Document]]:
+def split(documents: Sequence[Document], held_out: float = 0.2, seed: int = 0) -> tuple[list[Document], list[Document]]:
     """Split by document into a part to train on and a part held out for evaluation.
 
     At least one document lies on each side; a single one is cut by its text, the end being held out.
@@ -125,13 +121,10 @@ def _check(documents: Sequence[Document], scheme: Partition, names: Sequence[str
         raise DataError(f"part {twice} is named twice; a document can go to one part only")
     if len(names) > len(documents):
         raise DataError(
-            f"{len(names)} parts cannot share {len(documents)} documents: "
-            f"part {names[len(documents)]} would be empty"
+            f"{len(names)} parts cannot share {len(documents)} documents: part {names[len(documents)]} would be empty"
         )
     if scheme.kind in ("natural", "dirichlet") and not any(document.key for document in documents):
-        raise DataError(
-            f"a {scheme.kind} partition needs keys and these documents have none; name a key column"
-        )
+        raise DataError(f"a {scheme.kind} partition needs keys and these documents have none; name a key column")
 
 
 def _by_key(documents: Sequence[Document], parts: int | Sequence[str]) -> list[list[Document]]:
@@ -145,9 +138,7 @@ def _by_key(documents: Sequence[Document], parts: int | Sequence[str]) -> list[l
     wanted = known if isinstance(parts, int) else parts
     missing = [name for name in wanted if name not in groups]
     if missing:
-        raise DataError(
-            f"part {missing[0]} would be empty: no document has this key; keys are {_listed(known)}"
-        )
+        raise DataError(f"part {missing[0]} would be empty: no document has this key; keys are {_listed(known)}")
     return [groups[name] for name in wanted]
 
 
@@ -160,8 +151,7 @@ def _by_count(documents: Sequence[Document], kind: str, parts: int) -> list[list
         return _apply(LinearPartitioner(parts), documents)
     except ValueError as error:
         raise DataError(
-            f"part 1 of {parts} would be empty: sizes growing as 1, 2, 3, … need more than "
-            f"{len(documents)} documents"
+            f"part 1 of {parts} would be empty: sizes growing as 1, 2, 3, … need more than {len(documents)} documents"
         ) from error
 
 

@@ -29,6 +29,8 @@ class TextSource:
         Columns of tables.
     held_out : float in (0, 1)
         Share of each client's documents it is judged by.
+    piece : int or None
+        Documents are cut into pieces of so many characters before they are shared out.
     """
 
     source: str | None
@@ -36,6 +38,7 @@ class TextSource:
     text_column: str
     key_column: str | None
     held_out: float
+    piece: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def notices(source: TextSource, clients: Clients) -> list[str]:
 def _partitioned(source: TextSource, clients: Clients, seed: int) -> Mapping[str, Share]:
     assert source.source is not None
     documents = read_documents(source.source, text_column=source.text_column, key_column=source.key_column)
+    if source.piece is not None:
+        documents = [piece for document in documents for piece in pieces(document, source.piece)]
     keys = _keys(clients)
     if source.partition.kind == "natural":
         if source.source == BUILTIN_CODE:
@@ -92,6 +97,13 @@ def _partitioned(source: TextSource, clients: Clients, seed: int) -> Mapping[str
     else:
         parts = partition(documents, source.partition, list(keys), seed)
     return {client: _split(part, source, seed) for client, part in zip(keys, parts, strict=True)}
+
+
+def pieces(document: Document, length: int) -> list[Document]:
+    """Cut a document into pieces of ``length`` characters, the last one shorter; blank ones are left out."""
+    starts = range(0, len(document.text), length)
+    cut = [Document(f"{document.id}:{at}", document.key, document.text[at : at + length]) for at in starts]
+    return [piece for piece in cut if piece.text.strip()]
 
 
 def _keys(clients: Clients) -> dict[str, str]:

@@ -73,9 +73,7 @@ def code_documents(package: str) -> list[Document]:
         If the package is not installed.
     """
     if not installed([package]):
-        raise DataError(
-            f"package {package!r} is not part of this Python's library; choose from: {_choices()}"
-        )
+        raise DataError(f"package {package!r} is not part of this Python's library; choose from: {_choices()}")
     return [
         Document(path.relative_to(library()).as_posix(), package, text)
         for path in _sources(library() / package)
@@ -116,9 +114,7 @@ def _resolve(wanted: Sequence[str], substitutes: Sequence[str]) -> tuple[dict[st
             continue
         stand_in = next(spare, None)
         if stand_in is None:
-            raise DataError(
-                f"{name} is not installed here and no substitute is left; choose from: {_choices()}"
-            )
+            raise DataError(f"{name} is not installed here and no substitute is left; choose from: {_choices()}")
         actual[name] = stand_in
         notices.append(f"{name} is not installed here; {stand_in} takes its place")
     return actual, notices

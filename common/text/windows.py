@@ -70,9 +70,7 @@ def per_document(token_ids: Sequence[Sequence[int]], length: int, eos: int) -> T
     """
     _require_tokens(token_ids)
     ended = [[*document, eos] for document in token_ids if len(document)]
-    windows = [
-        document[start : start + length] for document in ended for start in range(0, len(document), length)
-    ]
+    windows = [document[start : start + length] for document in ended for start in range(0, len(document), length)]
     return _padded([window for window in windows if len(window) > 1], length, eos)
 
 

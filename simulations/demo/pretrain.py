@@ -176,10 +176,7 @@ def measure(
         texts[f"owner {package}, held-out files"] = split(code_documents(package))[1]
     for package in resolve_unseen()[0].values():
         texts[f"unseen {package}, all files"] = code_documents(package)
-    return {
-        what: loss_of(model, rows_of(documents, tokenizer, MEASURED_LENGTH))
-        for what, documents in texts.items()
-    }
+    return {what: loss_of(model, rows_of(documents, tokenizer, MEASURED_LENGTH)) for what, documents in texts.items()}
 
 
 def model_card(recipe: Recipe, measured: Measured) -> str:

@@ -48,9 +48,7 @@ class FLoRA(AggregationStrategy):
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send heads and the seed of a fresh ``a``, another one per round and client."""
-        return Dispatch(
-            state.start, client.rank, derive_seed(state.spec.seed, "flora", state.round, client.name)
-        )
+        return Dispatch(state.start, client.rank, derive_seed(state.spec.seed, "flora", state.round, client.name))
 
     def begin(self, state: ServerState) -> list[ClientUpdate]:
         """Open an empty list: the weights are known at the end."""

@@ -85,10 +85,7 @@ class LoraLego(AggregationStrategy):
         units = sum(ranks.values())
         if not self.strict or self.clusters is None or self.clusters <= units:
             return []
-        return [
-            f"strategy lora_lego wants {self.clusters} clusters of {units} units; "
-            "lower clusters or unset strict"
-        ]
+        return [f"strategy lora_lego wants {self.clusters} clusters of {units} units; lower clusters or unset strict"]
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send the heaviest slots the client can hold, and the seed of the rows it lacks."""

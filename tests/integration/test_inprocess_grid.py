@@ -238,9 +238,7 @@ def test_replacing_a_worker_does_not_add_one() -> None:
 
 def test_a_node_works_on_one_message_at_a_time() -> None:
     with gated_grid("one", nodes=2, workers=2) as (gate, grid):
-        one, two, other = grid.push_messages(
-            [request(0, tag="one"), request(0, tag="two"), request(1, tag="other")]
-        )
+        one, two, other = grid.push_messages([request(0, tag="one"), request(0, tag="two"), request(1, tag="other")])
         assert gate.entered.wait(LONG)
         collect(grid, [other])
         assert gate.started == ["one", "other"]
@@ -291,9 +289,7 @@ def test_the_same_server_app_runs_on_it() -> None:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        messages = [
-            Message(RecordDict({"sent": ConfigRecord({"tag": "x"})}), i, "train") for i in grid.get_node_ids()
-        ]
+        messages = [Message(RecordDict({"sent": ConfigRecord({"tag": "x"})}), i, "train") for i in grid.get_node_ids()]
         results.extend(grid.send_and_receive(messages))
 
     with InProcessGrid(client_app(echo), [{}] * 3, {}, workers=2) as grid:

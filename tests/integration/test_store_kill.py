@@ -68,7 +68,8 @@ def reply_of(store, number, name):
     file = write_artefact(store.run_folder("r"), f"rounds/{number}/{name}.bin", bytes([number]) * 70_000)
     client = ClientRound("r", number, name, "received", artefact_path=file.path, artefact_sha256=file.sha256)
     store.record_client(client)
-    return replace(client, status="accepted"), Artefact("r", number, "reply", file.path, file.sha256, file.nbytes)
+    kept = Artefact("r", number, "reply", file.path, file.sha256, file.nbytes)
+    return replace(client, status="accepted"), kept
 
 with RunStore.open(home) as store:
     if not store.runs():

@@ -267,7 +267,7 @@ def test_a_client_without_slots_contributes_nothing_but_its_weight(name: str, se
 def test_no_factor_of_an_owner_is_sent(
     name: str, options: dict[str, object], ranks: list[int], seed: int
 ) -> None:
-    """Neither an owner's matrix, nor a column of its b or a row of its a, leaves the server, at any length."""
+    """Neither an owner's matrix nor a column of its b or a row of its a leaves the server, at any length."""
     strategy, state, updates = round_of(name, ranks, seed, **options)
     after = strategy.aggregate(state, updates)
     sent = [after.global_adapter]
@@ -285,7 +285,7 @@ def test_no_factor_of_an_owner_is_sent(
 
 def assert_not_parallel(xs: torch.Tensor, ys: torch.Tensor) -> None:
     cosine = torch.nn.functional.normalize(xs) @ torch.nn.functional.normalize(ys).T
-    assert float(cosine.abs().max()) < 1 - 1e-6
+    assert float(cosine.abs().max()) < 1 - 1e-10
 
 
 @given(st.lists(st.integers(1, 3), min_size=3, max_size=8), SEEDS)

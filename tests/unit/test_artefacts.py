@@ -52,10 +52,17 @@ def test_file_and_folder_are_flushed_before_and_after_the_rename(
     folder.mkdir(parents=True)
     calls: list[str] = []
     flush, rename = os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (calls.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), flush(fd))
-    )
-    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), rename(old, new)))
+
+    def watched_flush(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def watched_rename(old: Path, new: Path) -> None:
+        calls.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_flush)
+    monkeypatch.setattr(os, "replace", watched_rename)
     write_artefact(folder, "a.bin", b"abc")
     assert calls == [".a.bin.tmp", "rename", "r1"]
 
@@ -114,9 +121,8 @@ def full_device_told_by_rust(path: Path) -> None:
 def test_a_full_disk_is_told_in_one_line(folder: Path, writer: object) -> None:
     with pytest.raises(StoreError) as caught:
         write_artefact(folder, "a.bin", writer)  # type: ignore[arg-type]
-    assert str(caught.value) == (
-        f"cannot write {folder / 'a.bin'} (No space left on device); free some space there, then resume the run"
-    )
+    told = "(No space left on device); free some space there, then resume the run"
+    assert str(caught.value) == f"cannot write {folder / 'a.bin'} {told}"
     assert files_in(folder) == []
 
 

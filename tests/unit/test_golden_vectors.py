@@ -1,7 +1,7 @@
 """The strategies against vectors written by independent numpy loops (tests/vectors/make_vectors.py).
 
-A failure of ``v_proj`` alone points to a rank above the dimension; of every layer in hetero but not in homo, to
-the clients' scales.
+A failure of ``v_proj`` alone points to a rank above the dimension; of every layer in hetero but not in homo,
+to the clients' scales.
 """
 
 from __future__ import annotations

@@ -437,7 +437,7 @@ def test_times_come_back_in_utc_and_need_a_zone(store: RunStore) -> None:
     committed = store.commit_round(replace(begun, status="failed", started_at=local))
     assert committed.started_at.isoformat() == "2026-02-28T23:00:00+00:00"
     with pytest.raises(Exception, match="has no zone"):
-        store.commit_round(replace(begun, status="failed", started_at=datetime(2026, 3, 1)))  # noqa: DTZ001
+        store.commit_round(replace(begun, status="failed", started_at=datetime(2026, 3, 1)))
 
 
 # --- opening
@@ -447,6 +447,14 @@ def test_a_store_is_found_again(store: RunStore, home: Path) -> None:
     run = create(store)
     with RunStore.open(str(home)) as again:
         assert again.get_run("r1") == run
+
+
+def test_a_commit_is_on_the_disk_and_not_only_with_the_system(store: RunStore) -> None:
+    with store._database.writing() as connection:
+        pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        values = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
+    # 2 is FULL in SQLite's documentation of the pragma.
+    assert values == ["wal", 2, 1, 30_000]
 
 
 def test_a_missing_store_is_not_made_by_reading(home: Path) -> None:
@@ -494,7 +502,7 @@ def test_a_full_disk_leaves_the_round_uncommitted(
     connect = sqlite3.connect
 
     def small(*args: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*args, **options)
+        connection: sqlite3.Connection = connect(*args, **options)
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count={pages + 2}")
         return connection

@@ -215,10 +215,7 @@ def homo(rng, out, meta):
             out[f"{name}/fedsb/c{i}/R"] = cores[i]
         out[f"{name}/fedsb/R"] = R_bar
         out[f"{name}/fedsb/delta"] = s * Qb @ R_bar @ Qa
-        assert (
-            rel(s * Qb @ R_bar @ Qa, sum(wi * s * Qb @ Ri @ Qa for wi, Ri in zip(w, cores, strict=True)))
-            < 1e-12
-        )
+        assert rel(s * Qb @ R_bar @ Qa, sum(wi * s * Qb @ Ri @ Qa for wi, Ri in zip(w, cores, strict=True))) < 1e-12
 
         m["layers"][name] = dict(
             shape=[d_out, d_in],
@@ -299,9 +296,7 @@ def lego(rng, out, meta):
 
         # every unit is nearest to its own prototype, by a wide margin
         feats = [np.concatenate([a, b]) for _, _, a, b in pool]
-        protos = [
-            np.mean([f for f, u in zip(feats, pool, strict=True) if u[0] == j], axis=0) for j in range(k)
-        ]
+        protos = [np.mean([f for f, u in zip(feats, pool, strict=True) if u[0] == j], axis=0) for j in range(k)]
         for f, u in zip(feats, pool, strict=True):
             d = [np.linalg.norm(f - q) for q in protos]
             assert int(np.argmin(d)) == u[0]

@@ -1,0 +1,109 @@
+"""A run's adapter in the form somebody else wants: PEFT folder, merged model, or our own file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.adapter import Adapter
+from common.adapter_file import adapter_bytes, read_state, whole_adapter
+from common.base_model import add_update
+from common.errors import ConfigurationError, StoreError, UserError
+from common.experiment import Experiment
+from common.peft_folder import write_peft_folder
+from common.store import Round, Run, RunStore, verify
+from common.workspace import model_spec, task_of
+
+Format = Literal["peft", "merged", "lorafleet"]
+
+
+def export(
+    name: str, home: Path, out: Path, form: Format = "peft", round: int | None = None, best: bool = False
+) -> Path:
+    """Write a run's adapter to a folder.
+
+    Parameters
+    ----------
+    name : str
+        Id of the run, its beginning, or ``last``.
+    home : Path
+        Folder of the store.
+    out : Path
+        Folder to write; must be empty or missing.
+    form : {"peft", "merged", "lorafleet"}
+        A PEFT folder; the whole model with the adapter added to its weights; or one adapter file.
+    round : int, optional
+        Round to export; default the last.
+    best : bool
+        Export the best round instead.
+
+    Returns
+    -------
+    Path
+        What was written.
+
+    Raises
+    ------
+    UserError
+        If the run has no such round, or ``out`` is not empty.
+    """
+    with RunStore.open(home) as store:
+        run = store.get_run(name)
+        experiment = Experiment.from_json(run.experiment)
+        chosen = _round(run, store.rounds(run.id), round, best)
+        assert chosen.state_path is not None and chosen.state_sha256 is not None
+        path = store.artefact_file(run.id, chosen.state_path)
+    verify(path, chosen.state_sha256)
+    adapter = whole_adapter(read_state(path, model_spec(experiment)))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; give another --out")
+    try:
+        return _write(adapter, experiment, out, form)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error.strerror}") from None
+
+
+def _round(run: Run, rounds: list[Round], number: int | None, best: bool) -> Round:
+    ended = {row.round: row for row in rounds if row.state_path is not None}
+    if not ended:
+        raise UserError(f"run {run.id} has no committed round to export")
+    if best:
+        if run.best_round is None:
+            raise UserError(f"run {run.id} was never evaluated, so no round is best; give --round N")
+        number = run.best_round
+    wanted = max(ended) if number is None else number
+    if wanted not in ended:
+        raise UserError(f"run {run.id} has no round {wanted}; it has {min(ended)} to {max(ended)}")
+    return ended[wanted]
+
+
+def _write(adapter: Adapter, experiment: Experiment, out: Path, form: Format) -> Path:
+    task = task_of(experiment)
+    out.mkdir(parents=True, exist_ok=True)
+    if form == "peft":
+        write_peft_folder(adapter, out, task.architecture(), task.base_place, task.peft_task_type)
+        return out
+    if form == "merged":
+        return _write_merged(adapter, experiment, out)
+    if form == "lorafleet":
+        (file := out / "adapter.safetensors").write_bytes(adapter_bytes(adapter))
+        return file
+    raise ConfigurationError(f"there is no format {form!r}; choose peft, merged or lorafleet")
+
+
+def _write_merged(adapter: Adapter, experiment: Experiment, out: Path) -> Path:
+    task = task_of(experiment)
+    model = task.load_base("fp32")
+    with torch.no_grad():
+        for name, update in adapter.layers.items():
+            module = model.get_submodule(name)
+            module.weight = torch.nn.Parameter(add_update(module, update.dense()))
+        for name, value in adapter.extras.items():
+            model.get_parameter(name).copy_(value)
+    model.save_pretrained(out)  # type: ignore[operator]
+    for file in Path(task.base_place).glob("*token*") if Path(task.base_place).is_dir() else ():
+        shutil.copy(file, out)
+    return out

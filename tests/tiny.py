@@ -1,0 +1,56 @@
+"""The smallest real federation: the built-in base model, a few hundred words per client, runs of about a second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.experiment import Experiment
+from common.experiment_file import apply_override
+
+RANKS = {"ada": 2, "ben": 4, "cyd": 2, "dot": 8}
+"""Four clients of unequal ranks, in the order of their names."""
+
+WORDS = {
+    "ada": "def add(self, value): return self.total + value",
+    "ben": "for name in sorted(names): print(name, counts[name])",
+    "cyd": "class Reader: pass  # reads one line after the other",
+    "dot": "if not isinstance(text, str): raise TypeError(text)",
+}
+
+
+def write_texts(folder: Path, names: Sequence[str] = tuple(RANKS)) -> dict[str, str]:
+    """Write each client's documents, a line repeated with small changes; return its folder by name."""
+    places = {}
+    for name in names:
+        place = folder / "texts" / name
+        place.mkdir(parents=True, exist_ok=True)
+        for number in range(5):
+            lines = [f"{WORDS[name]}  # {number} {line}" for line in range(12 + len(name) * number)]
+            (place / f"{number}.py").write_text("\n".join(lines))
+        places[name] = str(place)
+    return places
+
+
+def tiny_table(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> dict[str, Any]:
+    """Build the nested tables of a tiny experiment, texts written into ``folder``."""
+    places = write_texts(folder, tuple(ranks))
+    table: dict[str, Any] = {
+        "name": "tiny",
+        "task": {"name": "causal_lm", "options": {"sequence_length": 16, "eval_rows": 2}},
+        "adapter": {"name": "lora", "options": {"target_modules": ["q_proj", "v_proj"]}},
+        "strategy": {"name": "flora"},
+        "clients": {name: {"data": places[name], "rank": rank} for name, rank in ranks.items()},
+        "training": {"steps": 1, "batch_size": 2},
+        "federation": {"rounds": 2, "deadline_s": 60},
+        "simulation": {"workers": 2},
+    }
+    for override in overrides:
+        apply_override(table, override)
+    return table
+
+
+def tiny(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> Experiment:
+    """Build a tiny experiment; ``overrides`` are as for ``--set``."""
+    return Experiment.parse(tiny_table(folder, *overrides, ranks=ranks))
