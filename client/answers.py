@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def order_key(order: TrainOrder, parcels: Mapping[str, Parcel]) -> str:
     """Identify an order, whichever attempt it is: equal keys deserve equal answers."""
     text = order.model_dump_json(exclude={"attempt"})
-    hashes = [parcels[name].sha256 for name in sorted(parcels)]
+    hashes = [parcels[name].digest for name in sorted(parcels)]
     return hashlib.sha256("\n".join([text, *hashes]).encode()).hexdigest()
 
 

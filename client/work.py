@@ -90,7 +90,7 @@ def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tupl
         metrics=metrics,
         frozen_hash=hashlib.sha256(tensor_bytes(trained.inner_factors)).hexdigest() if frozen else None,
     )
-    return answer, seal(trained, node.experiment.federation.wire, whole=not frozen)
+    return answer, seal(trained, node.experiment.federation.wire, whole=not frozen, hashed=False)
 
 
 def _data(place: Workspace, node: Node) -> ClientData:

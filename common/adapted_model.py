@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from common.adapter import Adapter
 from common.base_model import BaseModel, attach, layer_shape
 from common.errors import ConfigurationError
 from common.federation import ModelSpec, TrainedFactors
-from common.lowrank import LowRank, Update
+from common.lowrank import Dense, LowRank, Update
 from common.methods import AdapterMethod
+from common.seeds import derive_seed
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that is attached."""
@@ -66,6 +68,7 @@ class AdaptedModel:
         self.base, self.method, self.merge_global = base, method, merge_global
         self.peft_model = attach(model, method.config(model)).to(device)
         self.layers, self.heads = lora_layers(self.peft_model), trained_heads(self.peft_model)
+        self._initial_heads = {name: head.detach().clone() for name, head in self.heads.items()}
         self._global_version = ""
         self._hooks: list[Any] = []
         self._scalings: dict[str, float] = {}
@@ -91,7 +94,7 @@ class AdaptedModel:
 
     def spec(self, seed: int) -> ModelSpec:
         """Describe the target layers and heads to a strategy."""
-        return spec_of(self.layers, self.heads, seed, self.method.plugin_name)
+        return spec_of(self.layers, self._initial_heads, seed, self.method.plugin_name)
 
     def holds(self, version: str) -> bool:
         """Tell whether the model is on this version of the global adapter."""
@@ -135,27 +138,28 @@ class AdaptedModel:
                 raise ConfigurationError(f"the adapter's layer {name} is {update.shape}; the model's is {shape}")
 
     def load(self, adapter: Adapter, seed: int = 0) -> None:
-        """Take over an adapter's factors and heads; layers it lacks change nothing.
+        """Take over an adapter's factors and heads; layers it lacks change nothing, heads it lacks are the base's.
 
         Parameters
         ----------
         adapter : Adapter
             Low-rank layers only; the scale is in ``b``, and goes back to the method's own here.
         seed : int
-            Seeds the adapter's dropout.
+            Seeds the adapter's dropout, each layer's for itself.
         """
         self.check(adapter)
         for name, layer in self.layers.items():
-            update = adapter.layers.get(name) or _nothing(layer)
-            if not isinstance(update, LowRank):
+            update = adapter.layers.get(name)
+            if isinstance(update, Dense):
                 raise ConfigurationError(f"layer {name} is dense; only low-rank layers can be trained")
-            self._scalings[name] = self.method.scaling(max(update.rank, 1))
+            if update is None or not update.rank:
+                update = _nothing(layer)
+            self._scalings[name] = self.method.scaling(update.rank)
             _set_factors(layer, update, self._scalings[name])
             if isinstance(dropout := layer.lora_dropout[ADAPTER], SeededDropout):
-                dropout.generator.manual_seed(seed)
+                dropout.generator.manual_seed(derive_seed(seed, "dropout", name))
         for name, head in self.heads.items():
-            if name in adapter.extras:
-                head.data = adapter.extras[name].to(head.device, head.dtype).clone()
+            head.data = adapter.extras.get(name, self._initial_heads[name]).to(head.device, head.dtype).clone()
 
     def read(self) -> Adapter:
         """Return the factors as they are now, every scale in ``b``, on the CPU in fp32."""
@@ -211,8 +215,9 @@ def spec_of(layers: Mapping[str, Any], heads: Mapping[str, Tensor], seed: int, m
 
 
 def _nothing(layer: Any) -> LowRank:
+    # One slot of zeros: a convolution cannot have none.
     out, inn = layer_shape(layer.get_base_layer())
-    return LowRank(torch.zeros(out, 0), torch.zeros(0, inn))
+    return LowRank(torch.zeros(out, 1), torch.zeros(1, inn))
 
 
 def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
@@ -224,9 +229,12 @@ def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
     layer.r[ADAPTER], layer.scaling[ADAPTER] = update.rank, scaling
 
 
-def _add_beside(update: Update, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_beside(update: Update, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x = inputs[0].float()
-    if isinstance(update, LowRank):
+    if isinstance(module, nn.Conv2d):
+        kernel = update.dense().to(x.device).reshape(module.weight.shape)
+        extra = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)
+    elif isinstance(update, LowRank):
         extra = x @ update.a.to(x.device).T @ update.b.to(x.device).T
     else:
         extra = x @ update.w.to(x.device).T

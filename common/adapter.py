@@ -74,7 +74,7 @@ class Layout:
         try:
             raw = json.loads(text)
             layers = tuple((_name(n), _size(o), _size(i), _size(r, -1)) for n, o, i, r in raw["layers"])
-            extras = tuple((_name(n), tuple(_size(d) for d in shape)) for n, shape in raw["extras"])
+            extras = tuple((_name(n), _shape(shape)) for n, shape in raw["extras"])
             layout = cls(layers, extras, _name(raw["method"]))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:100]!r}"
@@ -88,14 +88,22 @@ class Layout:
 
 
 def _size(value: Any, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < 2**63:
+    if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{value!r} is not a size")
     return value
+
+
+def _shape(value: Any) -> Shape:
+    shape = tuple(_size(size) for size in value)
+    if math.prod(max(size, 1) for size in shape) >= 2**63:  # torch counts in 64 bits, past a size of 0 too
+        raise ValueError(f"{shape} is not a shape")
+    return shape
 
 
 def _name(value: Any) -> str:
     if type(value) is not str:
         raise ValueError(f"{value!r} is not a name")
+    value.encode()  # half a character is a ValueError, too
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import ClientError
+from common.experiment import Name
 
 MAX_HEADER = 1 << 20
 """Characters a header may have; beyond it a message is refused unread."""
@@ -28,7 +29,7 @@ class Query(Header):
 class Presence(Header):
     """A node's answer: its name and what its device can carry."""
 
-    client: str = Field(max_length=64)
+    client: Name
     device: str = Field("", max_length=256)
     memory_bytes: int = Field(0, ge=0)
     max_rank: int | None = Field(None, ge=1)
@@ -57,7 +58,7 @@ class TrainAnswer(Header):
     round: int
     base_version: int
     num_examples: float
-    seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     frozen_hash: str | None = Field(None, max_length=64)
 
@@ -79,7 +80,7 @@ class EvaluateAnswer(Header):
     client: str = Field(max_length=64)
     round: int
     num_examples: float = Field(gt=0)
-    seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.errors import CorruptArtefact
-from common.wire import Parcel, parcel_of
+from common.errors import ClientError, CorruptArtefact
+from common.wire import Parcel, check_bytes, parcel_of
 
 
 def parcel_bytes(parcel: Parcel, header: str, key: str = "") -> bytes:
@@ -24,12 +24,14 @@ def read_parcel(path: Path) -> tuple[Parcel, str, str]:
     Raises
     ------
     CorruptArtefact
-        If the file is no such file, or cut short.
+        If the file is no such file, cut short or damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-            data = file.get_tensor("data").tobytes()
-        return parcel_of(metadata["manifest"], data), metadata["header"], metadata["key"]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+            data = file.get_tensor("data").data
+        parcel, header, key = parcel_of(metadata["manifest"], data), metadata["header"], metadata["key"]
+        check_bytes(parcel)
+        return parcel, header, key
+    except (SafetensorError, OSError, KeyError, TypeError, ClientError) as error:
         raise CorruptArtefact(f"{path} is not a readable reply ({error})") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from common.adapter import Adapter
+from common.adapter import Adapter, Layout, tensor_bytes
 from common.errors import ConfigurationError
 from common.federation import Dispatch, ModelSpec
 from common.lowrank import Dense, LowRank, Update
@@ -31,6 +33,32 @@ def fresh_a(seed: int, layer: str, rank: int, in_features: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "a", layer))
     bound = 1 / math.sqrt(in_features)
     return torch.rand(rank, in_features, generator=generator).mul_(2 * bound).sub_(bound)
+
+
+@lru_cache(maxsize=4)
+def frozen_factors(layout: Layout, seed: int) -> Tensor:
+    """Draw all frozen ``a`` of a layout, flat and in its order; the last few layouts are remembered.
+
+    Parameters
+    ----------
+    layout : Layout
+        Names, shapes and ranks.
+    seed : int
+        Of the ``a`` all clients share.
+    """
+    factors = torch.empty(layout.numel - layout.head_numel)
+    start = 0
+    for name, _, inn, rank in layout.layers:
+        if rank > 0:
+            factors[start : start + rank * inn] = fresh_a(seed, name, rank, inn).view(-1)
+            start += rank * inn
+    return factors
+
+
+@lru_cache(maxsize=8)
+def frozen_hash(layout: Layout, seed: int) -> str:
+    """Hash the frozen ``a`` of a layout, so that server and node can compare theirs."""
+    return hashlib.sha256(tensor_bytes(frozen_factors(layout, seed))).hexdigest()
 
 
 def starting_adapter(dispatch: Dispatch, spec: ModelSpec) -> Adapter:

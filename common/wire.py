@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from common.adapter import Adapter, Layout, tensor_bytes
 from common.errors import ClientError, ConfigurationError
 from common.messages import H, Header, read_header
-from common.start import fresh_a
+from common.start import frozen_factors
+
+# The numbers are read where they lie, without a copy; an adapter's buffer is never written to.
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
 
 WireFormat = Literal["fp32", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -41,22 +45,27 @@ class Parcel:
         Number format of the blob.
     whole : bool
         False: the frozen ``a`` is not in the blob.
-    data : bytes
+    data : bytes-like
         The numbers.
     sha256 : str
-        Of ``data``.
+        Of ``data``; empty where nobody hashed it. Flower and TLS guard what travels, the store what lies on disk.
     """
 
     layout: Layout
     wire: WireFormat
     whole: bool
-    data: bytes
+    data: bytes | memoryview
     sha256: str
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blob."""
         return len(self.data)
+
+    @property
+    def digest(self) -> str:
+        """Return the hash of the numbers, computing it if nobody has."""
+        return self.sha256 or hashlib.sha256(self.data).hexdigest()
 
     @property
     def manifest(self) -> str:
@@ -70,8 +79,8 @@ class Parcel:
         return json.dumps(described)
 
 
-def seal(adapter: Adapter, wire: WireFormat = "fp32", whole: bool = True) -> Parcel:
-    """Encode an adapter.
+def seal(adapter: Adapter, wire: WireFormat = "fp32", whole: bool = True, hashed: bool = True) -> Parcel:
+    """Encode an adapter; hashing costs more than all the rest, so it is left out where nobody needs it.
 
     Raises
     ------
@@ -83,7 +92,7 @@ def seal(adapter: Adapter, wire: WireFormat = "fp32", whole: bool = True) -> Par
     if wire == "fp16" and not bool(torch.isfinite(numbers).all()):
         raise ClientError('the adapter does not fit fp16; set federation.wire = "fp32"')
     data = tensor_bytes(numbers)
-    return Parcel(adapter.layout, wire, whole, data, hashlib.sha256(data).hexdigest())
+    return Parcel(adapter.layout, wire, whole, data, hashlib.sha256(data).hexdigest() if hashed else "")
 
 
 def unseal(parcel: Parcel, frozen_a: int | None = None) -> Adapter:
@@ -101,13 +110,9 @@ def unseal(parcel: Parcel, frozen_a: int | None = None) -> Adapter:
     ClientError
         If the blob does not fit its manifest.
     """
-    layout, dtype = parcel.layout, DTYPES[parcel.wire]
-    numel = layout.numel if parcel.whole else layout.head_numel
-    if len(parcel.data) != numel * dtype.itemsize:
-        raise ClientError(f"the adapter has {len(parcel.data)} bytes; its layout needs {numel * dtype.itemsize}")
-    if hashlib.sha256(parcel.data).hexdigest() != parcel.sha256:
-        raise ClientError("the adapter's bytes do not match their hash; it was damaged on its way")
-    flat = torch.frombuffer(bytearray(parcel.data), dtype=dtype).float() if numel else torch.empty(0)
+    check_bytes(parcel)
+    layout = parcel.layout
+    flat = torch.frombuffer(parcel.data, dtype=DTYPES[parcel.wire]).float() if parcel.data else torch.empty(0)
     if not parcel.whole:
         if frozen_a is None:
             raise ClientError("the adapter came without its factors a, but none are frozen here")
@@ -115,10 +120,20 @@ def unseal(parcel: Parcel, frozen_a: int | None = None) -> Adapter:
     return Adapter(flat, layout)
 
 
-def frozen_factors(layout: Layout, seed: int) -> torch.Tensor:
-    """Draw all frozen ``a`` of a layout again, flat and in its order."""
-    drawn = [fresh_a(seed, name, rank, inn).reshape(-1) for name, _, inn, rank in layout.layers if rank >= 0]
-    return torch.cat(drawn) if drawn else torch.empty(0)
+def check_bytes(parcel: Parcel) -> None:
+    """Compare a parcel's blob with its manifest, before a byte is interpreted.
+
+    Raises
+    ------
+    ClientError
+        If its size or its hash is another.
+    """
+    numel = parcel.layout.numel if parcel.whole else parcel.layout.head_numel
+    needed = numel * DTYPES[parcel.wire].itemsize
+    if len(parcel.data) != needed:
+        raise ClientError(f"the adapter has {len(parcel.data)} bytes; its layout needs {needed}")
+    if parcel.sha256 and hashlib.sha256(parcel.data).hexdigest() != parcel.sha256:
+        raise ClientError("the adapter's bytes do not match their hash; it was damaged on its way")
 
 
 def write_message(header: Header, parcels: Mapping[str, Parcel] | None = None) -> RecordDict:
@@ -127,7 +142,7 @@ def write_message(header: Header, parcels: Mapping[str, Parcel] | None = None) -
     config: dict[str, str] = {BODY: header.model_dump_json()}
     config |= {name: parcel.manifest for name, parcel in parcels.items()}
     arrays = {
-        name: Array(dtype="uint8", shape=(parcel.nbytes,), stype=STYPE, data=parcel.data)
+        name: Array(dtype="uint8", shape=(parcel.nbytes,), stype=STYPE, data=bytes(parcel.data))
         for name, parcel in parcels.items()
     }
     return RecordDict({HEADER: ConfigRecord(dict(config)), ARRAYS: ArrayRecord(arrays)})
@@ -159,7 +174,7 @@ def message_bytes(content: RecordDict) -> int:
     return blobs + texts
 
 
-def parcel_of(manifest: object, data: bytes) -> Parcel:
+def parcel_of(manifest: object, data: bytes | memoryview) -> Parcel:
     """Put a manifest and its blob together, checking the manifest.
 
     Raises
@@ -175,6 +190,6 @@ def parcel_of(manifest: object, data: bytes) -> Parcel:
         wire, whole, digest = raw["wire"], raw["whole"], raw["sha256"]
     except (ValueError, TypeError, KeyError, RecursionError, ConfigurationError) as error:
         raise ClientError(f"an adapter's manifest cannot be read: {error}") from None
-    if wire not in DTYPES or not isinstance(whole, bool) or not isinstance(digest, str):
+    if wire not in tuple(DTYPES) or not isinstance(whole, bool) or not isinstance(digest, str):
         raise ClientError("an adapter's manifest names an unknown format")
     return Parcel(layout, wire, whole, data, digest)

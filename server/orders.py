@@ -82,8 +82,8 @@ class OrderBook:
         self, header: TrainOrder | EvaluateOrder, dispatch: Dispatch, start: Adapter, node: int, kind: str
     ) -> Order:
         parcels = {
-            "start": self._seal(start, whole=dispatch.frozen_a is None),
-            "global": self._seal(self.state.global_adapter, whole=True),
+            "start": self._seal(start, whole=dispatch.frozen_a is None, hashed=False),
+            "global": self._seal(self.state.global_adapter, whole=True, hashed=True),
         }
         message = Message(
             write_message(header, parcels),
@@ -94,9 +94,9 @@ class OrderBook:
         )
         return Order(header.client, message, header, dispatch)
 
-    def _seal(self, adapter: Adapter, whole: bool) -> Parcel:
+    def _seal(self, adapter: Adapter, whole: bool, hashed: bool) -> Parcel:
         # The adapter is kept beside its parcel, so that its id is not given to another one meanwhile.
         key = (id(adapter), whole)
         if key not in self._sealed:
-            self._sealed[key] = (adapter, seal(adapter, self.experiment.federation.wire, whole))
+            self._sealed[key] = (adapter, seal(adapter, self.experiment.federation.wire, whole, hashed))
         return self._sealed[key][1]

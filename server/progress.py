@@ -19,8 +19,9 @@ class Progress:
     Parameters
     ----------
     kind : str
-        ``round_started``, ``dispatched``, ``reply``, ``left_out``, ``aggregated``, ``evaluated``, ``written``,
-        ``committed``, ``round_failed``, ``run_finished``; ``notice`` for anything worth a line.
+        ``planned``, ``run_started``, ``round_started``, ``dispatched``, ``reply``, ``left_out``, ``aggregated``,
+        ``evaluated``, ``written``, ``committed``, ``round_failed``, ``run_finished``; ``notice`` for anything worth
+        a line.
     text : str
         A sentence for people.
     round : int

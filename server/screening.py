@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
 import torch
 
-from common.adapter import Layout, tensor_bytes
+from common.adapter import Adapter, Layout
 from common.errors import RejectedUpdate
 from common.experiment import FederationSettings
 from common.federation import ClientUpdate, Dispatch, ModelSpec, ServerState
 from common.messages import TrainAnswer, TrainOrder
-from common.wire import Parcel, frozen_factors, unseal
+from common.start import frozen_hash
+from common.wire import Parcel, unseal
 from strategies.updates import check_update
 
 
@@ -37,6 +37,7 @@ def screen(
         raise RejectedUpdate(f"expected one adapter named update, got: {', '.join(sorted(parcels)) or 'none'}")
     parcel = parcels["update"]
     _check_layers(parcel.layout, state.spec, order.rank)
+    _check_heads(parcel.layout, state.spec)
     if dispatch.frozen_a is not None:
         _check_frozen(parcel, answer, dispatch.frozen_a)
     adapter = unseal(parcel, dispatch.frozen_a)
@@ -44,12 +45,16 @@ def screen(
     metrics = {name: value for name, value in answer.metrics.items() if math.isfinite(value)}
     update = ClientUpdate(order.client, adapter, weight, answer.base_version, metrics)
     check_update(update, state)
-    norm = float(torch.linalg.vector_norm(adapter.flat))
-    if settings.max_update_norm is not None and norm > settings.max_update_norm:
-        raise RejectedUpdate(
-            f"the update's norm {norm:.4g} exceeds federation.max_update_norm {settings.max_update_norm}"
-        )
+    _check_norm(adapter, settings.max_update_norm)
     return update
+
+
+def _check_norm(adapter: Adapter, bound: float | None) -> None:
+    norm = float(torch.linalg.vector_norm(adapter.flat))
+    if math.isinf(norm):
+        raise RejectedUpdate("the update's norm is beyond float32; no sum with it would be finite")
+    if bound is not None and norm > bound:
+        raise RejectedUpdate(f"the update's norm {norm:.4g} exceeds federation.max_update_norm {bound}")
 
 
 def _check_header(order: TrainOrder, answer: TrainAnswer, settings: FederationSettings) -> None:
@@ -77,7 +82,13 @@ def _check_layers(layout: Layout, spec: ModelSpec, rank: int) -> None:
             raise RejectedUpdate(f"layer {name} is (out, in, rank) {sent[name]}, expected {size}")
 
 
+def _check_heads(layout: Layout, spec: ModelSpec) -> None:
+    sent, expected = dict(layout.extras), {name: tuple(head.shape) for name, head in spec.heads.items()}
+    for name in sorted(sent.keys() | expected.keys()):
+        if sent.get(name) != expected.get(name):
+            raise RejectedUpdate(f"head {name[:100]!r} has shape {sent.get(name)}, expected {expected.get(name)}")
+
+
 def _check_frozen(parcel: Parcel, answer: TrainAnswer, seed: int) -> None:
-    expected = hashlib.sha256(tensor_bytes(frozen_factors(parcel.layout, seed))).hexdigest()
-    if parcel.whole or answer.frozen_hash != expected:
+    if parcel.whole or answer.frozen_hash != frozen_hash(parcel.layout, seed):
         raise RejectedUpdate("frozen factor differs: the update was not trained on the shared frozen a")

@@ -48,6 +48,7 @@ class Collection:
     accepted: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
     _settled: dict[str, bool] = field(default_factory=dict)
+    _held: dict[str, ClientUpdate] = field(default_factory=dict)
     _next: int = 0
 
     def __post_init__(self) -> None:
@@ -124,13 +125,14 @@ class Collection:
         self._settle(name, update)
 
     def _settle(self, name: str, update: ClientUpdate | None) -> None:
-        """Add every update whose turn has come; one that must wait is read from the journal later."""
+        """Add every update whose turn has come; of those that must wait one stays in memory, others are read again."""
         self._settled[name] = update is not None
+        if update is not None and (not self._held or name == self._names[self._next]):
+            self._held[name] = update
         while self._next < len(self._names) and (current := self._names[self._next]) in self._settled:
             self._next += 1
             if self._settled[current]:
-                ready = update if update is not None and current == name else self.update(current)
-                self._add(current, ready)
+                self._add(current, self._held.pop(current) if current in self._held else self.update(current))
 
     def _add(self, name: str, update: ClientUpdate) -> None:
         try:

@@ -29,6 +29,9 @@ MEASURES = (
 """Losses are those of the last evaluated round, ``best_loss`` the lowest, ``change`` the fall or rise of the
 held-out loss since round 0; ``error`` is the mean over rounds, ``left_out`` counts replies that were."""
 
+LOSSES = ("held_out_loss", "worst_client_loss", "unseen_loss")
+"""Of each round, as the server names them."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -192,8 +195,8 @@ def outcome_of(
     curve, sent = [], 0
     for row in rounds:
         sent += row.bytes_up + row.bytes_down
-        losses = (federation.get((row.round, name)) for name in ("held_out_loss", "worst_client_loss", "unseen_loss"))
-        curve.append(Point(row.round, *losses, nbytes=sent / sharing if sharing else None))
+        held_out, worst, unseen = (federation.get((row.round, name)) for name in LOSSES)
+        curve.append(Point(row.round, held_out, worst, unseen, sent / sharing if sharing else None))
     measures = measures_of(curve)
     measures["seconds"] = sum(row.seconds for row in rounds)
     measures["left_out"] = sum(client.status not in ("received", "accepted") for client in clients)

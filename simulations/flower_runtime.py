@@ -8,35 +8,19 @@ folder, so that neither the user's working directory nor an older SuperLink deci
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import socket
 import subprocess
-import sys
-import sysconfig
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import Popen
 
 from common.errors import ConfigurationError, RunError
-from common.flower import set_environment_defaults
-from simulations import supervisor
+from simulations.superlink import CONNECTION, Runtime, flower_runtime, last_lines
 
-ROOT = Path(__file__).resolve().parents[1]
+#: Seconds until Flower must say how a run has ended.
+ANSWER_SECONDS = 60.0
 
-CONNECTION = "lorafleet"
-
-#: Seconds until the SuperLink must answer.
-START_SECONDS = 60.0
-
-#: Lines of a log that go with an error, as its note.
-LAST_LINES = 20
+#: What Flower's log says when not a single client can be placed; its status does not.
+NO_ROOM = "ActorPool is empty"
 
 _BUNDLE = """\
 [project]
@@ -59,31 +43,6 @@ experiment = ""
 run-id = ""
 home = ""
 """
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """The folder of one run on Flower's runtime, and the environment of all its processes."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def program(self, name: str) -> str:
-        """Return the path of one of Flower's programs."""
-        return shutil.which(name, path=self.environment["PATH"]) or name
-
-    def start(self, command: list[str], output: Path, stdin: int = subprocess.DEVNULL) -> Popen[bytes]:
-        """Start a process out of reach of our terminal's Ctrl-C."""
-        with output.open("ab") as log:
-            return Popen(
-                command,
-                cwd=self.folder,
-                env=self.environment,
-                stdin=stdin,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
 
 
 def run_on_flower(
@@ -125,7 +84,8 @@ def run_on_flower(
     Raises
     ------
     ConfigurationError
-        Ray is not installed, or `cpus_per_client` is no whole number.
+        Ray is not installed, `cpus_per_client` is no whole number, or this machine has less than one client
+        needs.
     RunError
         The run failed or could not be started. The last lines of the log are in its notes.
     """
@@ -138,10 +98,10 @@ def run_on_flower(
         "client-resources-num-cpus": int(cpus_per_client),
         "client-resources-num-gpus": gpus_per_client,
     }
-    with _runtime() as runtime, _superlink(runtime):
+    with flower_runtime() as runtime:
         bundle = _write_bundle(runtime.folder, components)
         overrides = runtime.folder / "run.toml"
-        overrides.write_text("".join(f"{name} = {_toml(text)}\n" for name, text in values.items()))
+        overrides.write_text("".join(f"{name} = {_toml(text)}\n" for name, text in values.items()), encoding="utf-8")
         command = [runtime.program("flwr"), "run", str(bundle), CONNECTION, "--stream"]
         command += ["--run-config", str(overrides)]
         command += ["--federation-config", " ".join(f"{name}={value}" for name, value in resources.items())]
@@ -161,77 +121,6 @@ def _check(cpus_per_client: float) -> None:
         )
 
 
-@contextmanager
-def _runtime() -> Iterator[Runtime]:
-    with tempfile.TemporaryDirectory(prefix="lorafleet-", ignore_cleanup_errors=True) as name:
-        yield Runtime(Path(name), _environment(Path(name)))
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    environment = dict(os.environ)
-    set_environment_defaults(environment)
-    environment["FLWR_HOME"] = str(folder / "flwr")
-    environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.1"
-    environment["PYTHONUNBUFFERED"] = "1"
-    # SuperLink and SuperExec start Flower's other programs by name.
-    _prepend(environment, "PATH", sysconfig.get_path("scripts"))
-    if str(ROOT) != sysconfig.get_path("purelib"):
-        _prepend(environment, "PYTHONPATH", str(ROOT))
-    # Clients work side by side in processes; each sets the threads it wants.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = "1"
-    for name in ("NO_PROXY", "no_proxy"):
-        environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1"]))
-    # A Ray of our own, not one that happens to run here. A socket's path may have 107 characters, and Ray
-    # adds up to 68.
-    if len(str(folder)) < 39:
-        environment.setdefault("RAY_TMPDIR", str(folder))
-    return environment
-
-
-def _prepend(environment: dict[str, str], name: str, entry: str) -> None:
-    environment[name] = os.pathsep.join(filter(None, [entry, environment.get(name)]))
-
-
-@contextmanager
-def _superlink(runtime: Runtime) -> Iterator[None]:
-    """Run a SuperLink for this one run, and write down for ``flwr`` where it is.
-
-    Told to stop, a SuperLink waits for its clients' connections and leaves a busy simulation running, so the
-    supervisor kills all of it. Nothing is lost: what a run keeps, it keeps in the home.
-    """
-    port, log = _free_port(), runtime.folder / "superlink.log"
-    command = [sys.executable, "-I", supervisor.__file__, runtime.program("flower-superlink")]
-    command += ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    process = runtime.start(command, log, stdin=subprocess.PIPE)
-    try:
-        _await_start(process, port, log)
-        config = Path(runtime.environment["FLWR_HOME"]) / "config.toml"
-        config.parent.mkdir(exist_ok=True)
-        config.write_text(f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
-        yield
-    finally:
-        process.communicate()  # closes its standard input
-
-
-def _await_start(process: Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    lines = _last_lines(log)
-    raise _with_lines(RunError(f"Flower's SuperLink did not start: {lines[-1] if lines else 'no output'}"), lines)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _write_bundle(folder: Path, components: tuple[str, str]) -> Path:
     bundle = folder / "bundle"
     bundle.mkdir()
@@ -247,39 +136,41 @@ def _toml(text: str) -> str:
 
 
 def _run(runtime: Runtime, command: list[str], log: Path, timeout: float | None) -> None:
-    process = runtime.start(command, log)
     try:
-        process.wait(timeout)
+        code = _finish(runtime.start(command, log), timeout)
     except subprocess.TimeoutExpired:
         raise _failure(f"the run was given up after {timeout:g} s", log) from None
+    if code != 0:
+        raise _failure("Flower did not run the experiment to its end", log)
+
+
+def _finish(process: Popen[bytes], timeout: float | None) -> int:
+    try:
+        return process.wait(timeout)
     finally:
         process.kill()
         process.wait()
-    if process.returncode != 0:
-        raise _failure("Flower did not run the experiment to its end", log)
 
 
 def _check_outcome(runtime: Runtime, log: Path) -> None:
     command = [runtime.program("flwr"), "ls", CONNECTION, "--format", "json"]
     listed = runtime.folder / "runs.json"
-    runtime.start(command, listed).wait(START_SECONDS)
     try:
+        _finish(runtime.start(command, listed), ANSWER_SECONDS)
         (run,) = json.loads(listed.read_text())["runs"]
-    except (ValueError, KeyError) as error:
+    except (subprocess.TimeoutExpired, ValueError, KeyError) as error:
         raise _failure(f"Flower did not say how the run ended ({error})", log) from None
-    if run["status"] != "finished:completed":
-        raise _failure(f"the run on Flower's runtime is {run['status']}: {run['status-details']}", log)
+    if run["status"] == "finished:completed":
+        return
+    if NO_ROOM in log.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigurationError(
+            "no client fits on this machine; lower simulation.client_cpus or simulation.client_gpus"
+        )
+    reason = run["status-details"].removeprefix("Simulation failed with exception: ")
+    raise _failure(f"the run on Flower's runtime is {run['status']}: {reason}", log)
 
 
 def _failure(what: str, log: Path) -> RunError:
-    return _with_lines(RunError(f"{what}; see {log}"), _last_lines(log))
-
-
-def _last_lines(log: Path) -> list[str]:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
-
-
-def _with_lines(error: RunError, lines: list[str]) -> RunError:
-    error.add_note("\n".join(lines))
+    error = RunError(f"{what}; see {log}")
+    error.add_note("\n".join(last_lines(log)))
     return error

@@ -15,11 +15,11 @@ from common.experiment import Experiment, PluginChoice, differences
 from common.fingerprint import code_fingerprint
 from common.home import default_home
 from common.methods import METHODS
-from common.store import Metric, Round, Run, RunLock, RunStore
+from common.store import Metric, Round, Run, RunLock, RunStatus, RunStore, is_locked
 from common.tasks import TASKS
 from common.workspace import choose_device, cores
 from server.app import create_run
-from server.plan import make_plan
+from server.plan import make_plan, rank_summary
 from server.progress import announce
 
 
@@ -102,7 +102,9 @@ def simulate(experiment: Experiment, home: Path | str | None = None) -> Finished
     """
     place = Path(home) if home is not None else default_home()
     experiment = with_absolute_paths(experiment)
-    for notice in make_plan(experiment).notices:
+    plan = make_plan(experiment)
+    announce("planned", f"{plan.rounds} rounds, ranks {rank_summary(plan)}", plan=plan, experiment=experiment)
+    for notice in plan.notices:
         announce("notice", notice)
     with RunStore.open(place) as store:
         run = create_run(store, experiment)
@@ -162,25 +164,55 @@ def _checked(run: Run, experiment: Experiment | None) -> Experiment:
 
 def _drive(run: Run, experiment: Experiment, home: Path) -> FinishedRun:
     config = {"experiment": experiment.model_dump_json(), "run-id": run.id, "home": str(home.absolute())}
-    if experiment.simulation.driver == "ray":
-        _on_ray(experiment, run.id, home)
-    else:
-        _in_process(experiment, config)
+    driver, workers = experiment.simulation.driver, worker_count(experiment)
+    announce("run_started", f"run {run.id}", run.rounds_done, run=run.id, driver=driver, workers=workers)
+    try:
+        if driver == "ray":
+            _on_ray(experiment, run.id, home)
+        else:
+            _in_process(experiment, config, workers)
+    except KeyboardInterrupt:
+        _ended(run.id, home, "interrupted", f"interrupted; go on with: lorafleet resume {run.id}")
+        raise
+    except RunError as error:
+        # Of a server in another process, only the store knows the reason.
+        reason = _ended(run.id, home, "failed", str(error)).reason
+        if reason and reason != str(error):
+            raise RunError(reason) from error
+        raise
+    except Exception as error:
+        _ended(run.id, home, "failed", str(error))
+        raise
     finished = load_run(run.id, home)
     if finished.run.status != "completed":
         raise RunError(f"run {run.id} {finished.run.status}: {finished.run.reason}")
     return finished
 
 
-def _in_process(experiment: Experiment, config: dict[str, str]) -> None:
+def _ended(run: str, home: Path, status: RunStatus, reason: str) -> Run:
+    """Say how a run ended, if its server could not."""
+    with RunStore.open(home) as store:
+        row = store.get_run(run)
+        lost = row.status == "running" and not is_locked(store.run_folder(run))
+        return store.set_status(run, status, reason) if lost else row
+
+
+def worker_count(experiment: Experiment) -> int:
+    """Count the clients that train side by side."""
+    simulation, count = experiment.simulation, len(experiment.simulated_clients())
+    if simulation.driver == "ray":
+        return min(max(1, int(cores() / simulation.client_cpus)), count)
+    gpu = choose_device(experiment.training.device).type == "cuda"
+    return min(simulation.workers or (1 if gpu else cores()), count)
+
+
+def _in_process(experiment: Experiment, config: dict[str, str], workers: int) -> None:
     from client.app import app as client_app
     from server.app import app as server_app
     from simulations.inprocess import InProcessGrid
 
     count = len(experiment.simulated_clients())
-    gpu = choose_device(experiment.training.device).type == "cuda"
-    workers = experiment.simulation.workers or (1 if gpu else cores())
-    with InProcessGrid(client_app, [{}] * count, dict(config), min(workers, count)) as grid:
+    with InProcessGrid(client_app, [{}] * count, dict(config), workers) as grid:
         server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), dict(config)))
 
 

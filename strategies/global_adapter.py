@@ -2,7 +2,8 @@
 
 Per layer, factors are put side by side and recompressed by QR in float64, which drops nothing but rounding,
 until ``R (out + in) ≥ out · in``; from then on the layer is a dense float32 *sum*. Base weights are never
-added to. A cap on rank or energy keeps the factors thin at the cost of a recorded share of the squared norm.
+added to. A cap on rank or energy keeps the factors thin at the cost of a recorded share of the squared norm;
+where capped factors would be no smaller than the matrix, the layer becomes dense and loses nothing.
 """
 
 from __future__ import annotations
@@ -81,5 +82,6 @@ def _recompressed(joined: Update, rank: int | None, energy: float | None) -> tup
     significant = kept_rank(svd.s, None, None, noise)
     keep = kept_rank(svd.s, rank, energy, noise)
     kept = svd.factors(keep, dtype)
-    layer = kept if pays(kept) else Dense(kept.dense())
-    return layer, float(square[keep:significant].sum()), float(square.sum())
+    if not pays(kept):
+        return Dense(joined.dense()), 0.0, float(square.sum())
+    return kept, float(square[keep:significant].sum()), float(square.sum())

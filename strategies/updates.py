@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from common.errors import ConfigurationError, RejectedUpdate
 from common.federation import ClientUpdate, ServerState
-from common.lowrank import LowRank, Update
+from common.lowrank import LowRank
 
 NO_UPDATE = "a round without any update cannot be merged"
 
@@ -30,11 +33,16 @@ def check_update(update: ClientUpdate, state: ServerState) -> None:
         )
     if update.adapter.method != spec.method:
         raise RejectedUpdate(f"{who} trained the method {update.adapter.method!r}; this run trains {spec.method!r}")
-    for layer, part in update.adapter.layers.items():
-        _check_layer(f"{who}, layer {layer}", part, spec.layers.get(layer))
+    for layer, out, inn, rank in update.adapter.layout.layers:
+        _check_layer(f"{who}, layer {layer}", (out, inn), rank, spec.layers.get(layer))
     _check_heads(update, state)
-    if not update.adapter.flat.isfinite().all():
+    if not all_finite(update.adapter.flat):
         raise RejectedUpdate(f"{who}, {_first_not_finite(update)}: NaN or infinity; it cannot be averaged")
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Tell whether no number is NaN or infinite; one pass over the memory, without a mask as large as it."""
+    return not numbers.numel() or all(math.isfinite(float(bound)) for bound in torch.aminmax(numbers))
 
 
 def low_rank_layers(update: ClientUpdate) -> dict[str, LowRank]:
@@ -79,13 +87,13 @@ def shares(updates: Sequence[ClientUpdate]) -> dict[str, float]:
 _DENSE = "a dense matrix; expected factors b and a"
 
 
-def _check_layer(where: str, part: Update, shape: tuple[int, int] | None) -> None:
+def _check_layer(where: str, sent: tuple[int, int], rank: int, shape: tuple[int, int] | None) -> None:
     if shape is None:
         raise RejectedUpdate(f"{where}: no such target layer in this run's model")
-    if not isinstance(part, LowRank):
+    if rank < 0:
         raise RejectedUpdate(f"{where}: {_DENSE}")
-    if part.shape != tuple(shape):
-        raise RejectedUpdate(f"{where}: shape {part.shape}; the model's layer is {tuple(shape)} (out, in)")
+    if sent != tuple(shape):
+        raise RejectedUpdate(f"{where}: shape {sent}; the model's layer is {tuple(shape)} (out, in)")
 
 
 def _check_heads(update: ClientUpdate, state: ServerState) -> None:

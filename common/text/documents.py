@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def read_documents(source: str, *, text_column: str = "text", key_column: str | 
     DataError
         If the source is missing, unreadable, empty, not UTF-8, or lacks a column.
     """
-    documents = list(_documents(source, text_column, key_column))
+    try:
+        documents = list(_documents(source, text_column, key_column))
+    except OSError as error:
+        raise DataError(f"{error.filename or source} cannot be read: {error.strerror}") from error
     if not documents:
         raise DataError(f"{source} holds no text; expected at least one document that is not blank")
     for document in documents:
@@ -68,7 +72,7 @@ def _documents(source: str, text_column: str, key_column: str | None) -> Iterabl
         return (document for package in packages for document in code_documents(package))
     if source.startswith(_HUB):
         return _from_rows(source, _hub_rows(source), text_column, key_column)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # leaves a user it does not know as it stands
     if not path.exists():
         raise DataError(f"{source} does not exist; give a file, a folder, {BUILTIN_CODE} or {_HUB}NAME")
     if path.is_dir():
@@ -126,8 +130,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

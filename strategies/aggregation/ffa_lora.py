@@ -12,16 +12,16 @@ columns at zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from common.adapter import Layout
 from common.errors import RejectedUpdate
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
 from common.seeds import derive_seed
-from common.start import fresh_a
+from common.start import fresh_a, frozen_factors
 from strategies.aggregation import AggregationStrategy, Capabilities
 from strategies.mean import WeightedSum
 from strategies.updates import low_rank_layers
@@ -37,13 +37,10 @@ class FrozenSum(WeightedSum):
         Always true.
     seed : int
         Seed of the frozen ``a``.
-    frozen : dict of str to Tensor
-        The frozen ``a`` by layer, at the largest rank seen.
     """
 
     nested: bool = True
     seed: int = 0
-    frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, update: ClientUpdate) -> FrozenSum:
         """Add one update after comparing its ``a`` with the frozen one, bit for bit.
@@ -53,20 +50,20 @@ class FrozenSum(WeightedSum):
         RejectedUpdate
             If the frozen factor differs, or the update's layers do not fit; the sum is then unchanged.
         """
-        for layer, part in low_rank_layers(update).items():
-            if not torch.equal(part.a, self.frozen_a(layer, *part.a.shape).to(part.a.dtype)):
-                raise RejectedUpdate(
-                    f"client {update.client}, layer {layer}: frozen factor differs from the shared one; "
-                    "only b may be trained"
-                )
+        given = update.adapter.inner_factors
+        if not torch.equal(given, frozen_factors(update.adapter.layout, self.seed).to(given.dtype)):
+            raise RejectedUpdate(
+                f"client {update.client}, layer {self._differing(update)}: frozen factor differs from the shared one; "
+                "only b may be trained"
+            )
         super().add(update)
         return self
 
-    def frozen_a(self, layer: str, rank: int, in_features: int) -> Tensor:
-        """Return the first ``rank`` rows of the layer's frozen ``a``."""
-        if layer not in self.frozen or self.frozen[layer].shape[0] < rank:
-            self.frozen[layer] = fresh_a(self.seed, layer, rank, in_features)
-        return self.frozen[layer][:rank]
+    def _differing(self, update: ClientUpdate) -> str:
+        parts = low_rank_layers(update).items()
+        return next(
+            name for name, part in parts if not torch.equal(part.a, fresh_a(self.seed, name, *part.a.shape).to(part.a))
+        )
 
 
 class FFALoRA(AggregationStrategy):
@@ -91,9 +88,7 @@ class FFALoRA(AggregationStrategy):
 
     def finish(self, state: ServerState, accumulated: FrozenSum) -> ServerState:
         """Replace the start adapter by the mean, with the frozen ``a`` put back."""
-        layers = accumulated.layout.layers if accumulated.layout else ()
-        inner = [accumulated.frozen_a(name, rank, inn).reshape(-1) for name, _, inn, rank in layers]
-        mean = accumulated.mean(torch.cat([torch.empty(0), *inner]))
+        mean = accumulated.mean(frozen_factors(accumulated.layout or Layout(), accumulated.seed))
         return ServerState(
             state.spec,
             mean,

@@ -13,6 +13,7 @@ there, and the other weights are not renormalised.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
@@ -45,6 +46,11 @@ class FLoRA(AggregationStrategy):
     def is_exact(self) -> bool:
         """Tell whether nothing is discarded: no cap is set."""
         return self.global_rank is None and self.global_energy is None
+
+    def expected_ranks(self, rank: int, cohort: Sequence[int], merges: int) -> tuple[int, int]:
+        """Expect no start adapter, and a global one that grows by all clients' ranks, up to its cap."""
+        total = merges * sum(cohort)
+        return 0, total if self.global_rank is None else min(total, self.global_rank)
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send heads and the seed of a fresh ``a``, another one per round and client."""

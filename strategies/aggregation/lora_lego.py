@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -86,6 +86,11 @@ class LoraLego(AggregationStrategy):
         if not self.strict or self.clusters is None or self.clusters <= units:
             return []
         return [f"strategy lora_lego wants {self.clusters} clusters of {units} units; lower clusters or unset strict"]
+
+    def expected_ranks(self, rank: int, cohort: Sequence[int], merges: int) -> tuple[int, int]:
+        """Expect as many slots as clusters, in the start or, per merge, in the global adapter."""
+        slots = min(self.clusters or max(cohort), sum(cohort))
+        return (0, merges * slots) if self.mode == "merge" else (min(rank, slots) if merges else 0, 0)
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send the heaviest slots the client can hold, and the seed of the rows it lacks."""

@@ -147,8 +147,20 @@ def test_flowers_logger_can_be_silenced(flower: Any) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["num_supernodes", "client_resources_num_cpus", "client_resources_num_gpus", "init_args_num_cpus"],
+    ["num_supernodes", "client_resources_num_cpus", "client_resources_num_gpus"],
 )
 def test_the_ray_drivers_settings_still_exist(field: str) -> None:
     config = private("flwr.proto.federation_config_pb2", "SimulationConfig")
     assert field in config.DESCRIPTOR.fields_by_name, moved(f"--federation-config has no {field} any more")
+
+
+def test_flower_still_says_when_no_client_fits() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    check = private("flwr.simulation.ray_transport.ray_actor", "pool_size_from_resources")
+    words = importlib.import_module("simulations.flower_runtime").NO_ROOM
+    assert words in inspect.getsource(check), moved("a machine too small for one client is reported otherwise")
+
+
+def test_a_failed_simulation_is_still_described_as_before() -> None:
+    source = inspect.getsource(importlib.import_module("flwr.simulation.app"))
+    assert "Simulation failed with exception: " in source, moved("a failure's details begin otherwise")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigurationError, RunError
-from simulations import flower_runtime
+from simulations import flower_runtime, superlink
 from simulations.flower_runtime import run_on_flower
+from simulations.superlink import Runtime
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.e2e
@@ -104,13 +105,13 @@ def test_the_two_apps_run_on_flower_and_nothing_is_left(installed: Path) -> None
 
 
 def test_a_failure_of_the_server_is_the_reason_of_the_error(installed: Path) -> None:
-    with pytest.raises(RunError, match=r"finished:failed: .*no such data; see .*flower\.log$") as failure:
+    with pytest.raises(RunError, match=r"finished:failed: no such data; see .*flower\.log") as failure:
         run(installed, "fail")
     assert "ValueError: no such data" in failure.value.__notes__[0]
 
 
 def test_an_app_that_is_not_there_is_named(installed: Path) -> None:
-    with pytest.raises(RunError, match=r"flower\.log$") as failure:
+    with pytest.raises(RunError, match=r"not run the experiment .*flower\.log") as failure:
         run_on_flower(
             "",
             run_id="run-1",
@@ -122,9 +123,14 @@ def test_an_app_that_is_not_there_is_named(installed: Path) -> None:
 
 
 def test_a_run_that_takes_too_long_is_ended(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = []
-    inner = flower_runtime._environment
-    monkeypatch.setattr(flower_runtime, "_environment", lambda folder: folders.append(folder) or inner(folder))
+    folders: list[Path] = []
+    inner = superlink._environment
+
+    def noting(folder: Path) -> dict[str, str]:
+        folders.append(folder)
+        return inner(folder)
+
+    monkeypatch.setattr(superlink, "_environment", noting)
     with pytest.raises(RunError, match=r"given up after 3 s"):
         run(installed, "", timeout=3)
     assert not folders[0].exists()
@@ -132,7 +138,7 @@ def test_a_run_that_takes_too_long_is_ended(installed: Path, monkeypatch: pytest
 
 
 def test_a_superlink_that_does_not_start_is_reported(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_runtime, "_free_port", lambda: 99_999)
+    monkeypatch.setattr(superlink, "_free_port", lambda: 99_999)
     with pytest.raises(RunError, match=r"SuperLink did not start: .*65535"):
         run(installed, "")
 
@@ -147,3 +153,34 @@ def test_without_ray_the_driver_says_what_to_do(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(flower_runtime, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'lorafleet\[ray\]'"):
         run(tmp_path, "")
+
+
+OUTCOMES = [
+    ("finished:failed", "no disk", "", RunError, "finished:failed: no disk; see .*flower.log"),
+    ("finished:stopped", "N/A", "", RunError, "finished:stopped: N/A; see .*flower.log"),
+    ("finished:failed", "Ending.", "ERROR ActorPool is empty. Stopping", ConfigurationError, "no client fits"),
+]
+
+
+def outcome_of(folder: Path, printed: str, log: str) -> None:
+    program = folder / "flwr"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{printed}'\n")
+    program.chmod(0o755)
+    (folder / "flower.log").write_text(log)
+    environment = {"PATH": os.pathsep.join([str(folder), os.environ["PATH"]])}
+    flower_runtime._check_outcome(Runtime(folder, environment), folder / "flower.log")
+
+
+@pytest.mark.parametrize(("status", "details", "log", "kind", "words"), OUTCOMES)
+def test_an_unhappy_end_is_told(
+    tmp_path: Path, status: str, details: str, log: str, kind: type[Exception], words: str
+) -> None:
+    printed = json.dumps({"runs": [{"status": status, "status-details": details}]})
+    with pytest.raises(kind, match=words):
+        outcome_of(tmp_path, printed, log)
+
+
+@pytest.mark.parametrize("printed", ["", "{}", '{"runs": []}'])
+def test_an_unreadable_end_is_told(tmp_path: Path, printed: str) -> None:
+    with pytest.raises(RunError, match="did not say how the run ended"):
+        outcome_of(tmp_path, printed, "")

@@ -58,9 +58,7 @@ class Cluster:
     def start(self) -> None:
         if self.user is not None:
             os.chown(self.folder, 65534, 65534)
-        self.call(
-            "initdb", "--no-sync", "--auth=trust", "--username=lorafleet", "--encoding=UTF8", "--locale=C"
-        )
+        self.call("initdb", "--no-sync", "--auth=trust", "--username=lorafleet", "--encoding=UTF8", "--locale=C")
         options = f"-k {self.folder} -c listen_addresses='' -c fsync=off"
         self.call("pg_ctl", "--wait", f"--log={self.folder}/log", "-o", options, "start")
 
@@ -98,9 +96,7 @@ class Clock:
 
 
 def create(store: RunStore, run_id: str) -> None:
-    store.create_run(
-        run_id, name="n\0", task="t", strategy="s", seed=2**63 - 1, experiment="{}", rounds_planned=3
-    )
+    store.create_run(run_id, name="n\0", task="t", strategy="s", seed=2**63 - 1, experiment="{}", rounds_planned=3)
 
 
 def commit(store: RunStore, run_id: str, round: int) -> None:
@@ -117,15 +113,8 @@ def commit(store: RunStore, run_id: str, round: int) -> None:
             state_path=state.path,
             exact=True,
         ),
-        [
-            ClientRound(run_id, round, name, "rejected", "x\0\ud800" * 9_999, num_examples=10**30)
-            for name in "aB"
-        ],
-        [
-            Metric(run_id, round, f"m{k}\0", value, name)
-            for k, value in enumerate(values)
-            for name in ("", "a", "B")
-        ],
+        [ClientRound(run_id, round, name, "rejected", "x\0\ud800" * 9_999, num_examples=10**30) for name in "aB"],
+        [Metric(run_id, round, f"m{k}\0", value, name) for k, value in enumerate(values) for name in ("", "a", "B")],
         [Artefact(run_id, round, "state", state.path, state.sha256, state.nbytes)],
         [Event(run_id, "round", "Done\0.", START, round, "é\ud800", {"\0": math.nan})],
         rounds_done=round,
@@ -221,9 +210,7 @@ def test_a_lost_connection_is_made_again(tmp_path: Path, url: str) -> None:
         create(store, "r1")
         engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
         with engine.connect() as connection:
-            lost = (
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'to be lost'"
-            )
+            lost = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'to be lost'"
             assert connection.execute(text(lost)).scalars().all() == [True]
         engine.dispose()
         assert store.get_run("r1").id == "r1"

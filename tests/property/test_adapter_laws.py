@@ -15,7 +15,7 @@ from common.adapter import Adapter, Layout, outer_views, tensor_bytes
 from common.errors import ConfigurationError
 from common.lowrank import Dense, LowRank, Update
 
-NAMES = st.text(string.ascii_letters + ".é\u0000\ud800", min_size=1, max_size=6)
+NAMES = st.text(string.ascii_letters + ".é\u0000\n", min_size=1, max_size=6)
 SIZES = st.integers(1, 5)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 Content = tuple[dict[str, Update], dict[str, Tensor], torch.dtype]
@@ -35,8 +35,7 @@ def contents(draw: st.DrawFn) -> Content:
         out, inn, rank = draw(SIZES), draw(SIZES), draw(st.integers(-1, 6))
         layers[name] = Dense(normal(out, inn)) if rank < 0 else LowRank(normal(out, rank), normal(rank, inn))
     heads = {
-        name: normal(*draw(st.lists(SIZES, max_size=3)))
-        for name in draw(st.lists(NAMES, unique=True, max_size=3))
+        name: normal(*draw(st.lists(SIZES, max_size=3))) for name in draw(st.lists(NAMES, unique=True, max_size=3))
     }
     return layers, heads, dtype
 
@@ -172,6 +171,7 @@ def entry(**changes: object) -> str:
         pytest.param(entry(layers=[["x", 2**64, 3, 1]]), id="size beyond any machine"),
         pytest.param(entry(layers=[[None, 2, 3, 1]]), id="no name"),
         pytest.param(entry(layers=[[["x"], 2, 3, 1]]), id="list name"),
+        pytest.param(entry(layers=[["\ud800", 2, 3, 1]]), id="name that is no text"),
         pytest.param(entry(layers=[["x", 2, 3, 1], ["x", 2, 3, 1]]), id="twice"),
         pytest.param(entry(layers=[["y", 2, 3, 1], ["x", 2, 3, 1]]), id="not sorted"),
         pytest.param(entry(layers={"x": 1}), id="layers object"),

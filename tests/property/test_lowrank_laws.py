@@ -63,9 +63,7 @@ def test_the_error_of_a_truncation_is_the_tail_of_the_singular_values(update: Lo
     lost = dense.tail(matrix(update), rank)
     whole = float(np.sum(matrix(update) ** 2))
     assert kept.rank <= rank
-    assert np.sum((matrix(kept) - matrix(update)) ** 2) == pytest.approx(
-        lost, rel=1e-8, abs=1e-18 * (1 + whole)
-    )
+    assert np.sum((matrix(kept) - matrix(update)) ** 2) == pytest.approx(lost, rel=1e-8, abs=1e-18 * (1 + whole))
     assert discarded * whole == pytest.approx(lost, rel=1e-8, abs=1e-18 * (1 + whole))
 
 
@@ -86,9 +84,7 @@ def test_truncating_widens_to_float32_and_never_narrows(
     assert dense.distance(matrix(kept), matrix(update)) < (1e-12 if dtype == torch.float64 else 2e-6)
 
 
-@given(
-    SIZES, SIZES, st.lists(st.tuples(st.integers(0, 6), st.floats(0.01, 9)), min_size=1, max_size=5), SEEDS
-)
+@given(SIZES, SIZES, st.lists(st.tuples(st.integers(0, 6), st.floats(0.01, 9)), min_size=1, max_size=5), SEEDS)
 def test_stacking_is_the_weighted_sum(out: int, inn: int, parts: list[tuple[int, float]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     held = [cohorts.low_rank(out, inn, rank, generator, torch.float64) for rank, _ in parts]
@@ -101,9 +97,7 @@ def test_stacking_is_the_weighted_sum(out: int, inn: int, parts: list[tuple[int,
 
 
 @given(updates(), st.booleans(), st.booleans(), SEEDS)
-def test_sums_and_inner_products_of_any_two_forms(
-    x: LowRank, x_dense: bool, y_dense: bool, seed: int
-) -> None:
+def test_sums_and_inner_products_of_any_two_forms(x: LowRank, x_dense: bool, y_dense: bool, seed: int) -> None:
     y = cohorts.low_rank(*x.shape, 3, torch.Generator().manual_seed(seed), torch.float64)
     one, other = Dense(x.dense()) if x_dense else x, Dense(y.dense()) if y_dense else y
     both = matrix(x) + matrix(y)

@@ -67,9 +67,7 @@ client_rounds = st.builds(
     seconds=floats,
     metadata=json_objects,
 )
-metrics = st.builds(
-    Metric, run=st.just("r"), round=st.just(1), name=texts, value=floats, client=texts, layer=texts
-)
+metrics = st.builds(Metric, run=st.just("r"), round=st.just(1), name=texts, value=floats, client=texts, layer=texts)
 events = st.builds(
     Event,
     run=st.just("r"),
@@ -122,9 +120,7 @@ def test_what_a_client_did_is_read_back(store: RunStore, client: ClientRound) ->
     assert repr(store.client_rounds(run_id)) == repr([cleaned(client)])
 
 
-@given(
-    written=st.lists(metrics, max_size=5, unique_by=lambda metric: (metric.name, metric.client, metric.layer))
-)
+@given(written=st.lists(metrics, max_size=5, unique_by=lambda metric: (metric.name, metric.client, metric.layer)))
 def test_metrics_are_read_back_in_order_and_by_any_name(store: RunStore, written: list[Metric]) -> None:
     run_id = new_run(store)
     written = [replace(metric, run=run_id) for metric in written]

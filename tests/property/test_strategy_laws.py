@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def round_of(
     ranks: Sequence[int],
     seed: int,
     shapes: dict[str, tuple[int, int]] | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[AggregationStrategy, ServerState, list[ClientUpdate]]:
     """Prepare a strategy, its first state and a cohort it can merge."""
     strategy = aggregation_strategy(name, **options)
@@ -71,22 +72,16 @@ def round_of(
 
 
 @given(RANKS, SEEDS, SHAPES)
-def test_flora_equals_the_sum_of_the_products(
-    ranks: list[int], seed: int, shapes: dict[str, tuple[int, int]]
-) -> None:
+def test_flora_equals_the_sum_of_the_products(ranks: list[int], seed: int, shapes: dict[str, tuple[int, int]]) -> None:
     strategy, state, updates = round_of("flora", ranks, seed, shapes)
     after = strategy.aggregate(state, updates)
     assert cohorts.error(after, updates) < 1e-12
     for layer in shapes:
-        assert (
-            dense.distance(cohorts.matrix(after.global_adapter, layer), cohorts.exact(updates, layer)) < 1e-12
-        )
+        assert dense.distance(cohorts.matrix(after.global_adapter, layer), cohorts.exact(updates, layer)) < 1e-12
 
 
 @given(RANKS, SEEDS, SHAPES)
-def test_ffa_lora_is_exact_for_any_ranks(
-    ranks: list[int], seed: int, shapes: dict[str, tuple[int, int]]
-) -> None:
+def test_ffa_lora_is_exact_for_any_ranks(ranks: list[int], seed: int, shapes: dict[str, tuple[int, int]]) -> None:
     strategy, state, updates = round_of("ffa_lora", ranks, seed, shapes)
     after = strategy.aggregate(state, updates)
     assert cohorts.error(after, updates) < 1e-12
@@ -111,9 +106,7 @@ def test_the_order_of_clients_does_not_change_a_bit(
     strategy, state, updates = round_of(name, ranks, seed)
     shuffled = list(updates)
     shuffle.shuffle(shuffled)
-    assert cohorts.bits(strategy.aggregate(state, updates)) == cohorts.bits(
-        strategy.aggregate(state, shuffled)
-    )
+    assert cohorts.bits(strategy.aggregate(state, updates)) == cohorts.bits(strategy.aggregate(state, shuffled))
 
 
 @given(EQUAL_RANKS, SEEDS)
@@ -152,7 +145,7 @@ def test_identical_clients_keep_their_update(
     name: str, options: dict[str, str], rank: int, count: int, seed: int
 ) -> None:
     """One client or many copies of it: the merge is that client's update."""
-    strategy, state, updates = round_of(name, [rank], seed, **options)
+    strategy, state, updates = round_of(name, [rank], seed, None, **options)
     copies = [replace(updates[0], client=f"c{i}", num_examples=1.0 + i) for i in range(count)]
     after = strategy.aggregate(state, copies)
     for layer in cohorts.SHAPES:
@@ -215,7 +208,7 @@ def test_heads_are_averaged_and_inputs_left_alone(name: str, ranks: list[int], s
 @pytest.mark.parametrize("name", MIXED)
 def test_a_layer_of_some_clients_counts_as_zero_at_the_others(name: str, ranks: list[int], seed: int) -> None:
     options = {"clusters": sum(ranks)} if name == "lora_lego" else {}
-    strategy, state, updates = round_of(name, [*ranks, 2], seed, **options)
+    strategy, state, updates = round_of(name, [*ranks, 2], seed, None, **options)
     layers = {n: part for n, part in updates[-1].adapter.layers.items() if n != "up"}
     updates[-1] = cohorts.with_factors(updates[-1], layers)  # type: ignore[arg-type]
     after = strategy.aggregate(state, updates)
@@ -230,11 +223,7 @@ def test_zero_updates_merge_to_exactly_zero(name: str, seed: int) -> None:
     zeros = [
         cohorts.with_factors(
             update,
-            {
-                n: LowRank(part.b * 0, part.a)
-                for n, part in update.adapter.layers.items()
-                if isinstance(part, LowRank)
-            },
+            {n: LowRank(part.b * 0, part.a) for n, part in update.adapter.layers.items() if isinstance(part, LowRank)},
         )
         for update in updates
     ]
@@ -249,7 +238,7 @@ def test_zero_updates_merge_to_exactly_zero(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", ["flora", "ffa_lora", "lora_lego"])
 def test_a_client_without_slots_contributes_nothing_but_its_weight(name: str, seed: int) -> None:
     options = {"clusters": 4} if name == "lora_lego" else {}
-    strategy, state, updates = round_of(name, [0, 4], seed, **options)
+    strategy, state, updates = round_of(name, [0, 4], seed, None, **options)
     assert cohorts.error(strategy.aggregate(state, updates), updates) < 1e-12
 
 
@@ -264,11 +253,9 @@ def test_a_client_without_slots_contributes_nothing_but_its_weight(name: str, se
         pytest.param("lora_lego", {"clusters": 100}, id="lego-all-units"),
     ],
 )
-def test_no_factor_of_an_owner_is_sent(
-    name: str, options: dict[str, object], ranks: list[int], seed: int
-) -> None:
+def test_no_factor_of_an_owner_is_sent(name: str, options: dict[str, object], ranks: list[int], seed: int) -> None:
     """Neither an owner's matrix nor a column of its b or a row of its a leaves the server, at any length."""
-    strategy, state, updates = round_of(name, ranks, seed, **options)
+    strategy, state, updates = round_of(name, ranks, seed, None, **options)
     after = strategy.aggregate(state, updates)
     sent = [after.global_adapter]
     sent += [strategy.dispatch(after, ClientInfo(update.client, 100)).start for update in updates]
@@ -327,9 +314,7 @@ def test_a_capped_global_adapter_loses_the_tail_and_says_so(ranks: list[int], se
         after = cohorts.matrix(state.global_adapter, "big")
         lost = dense.tail(wanted, cap)
         assert np.sum((after - wanted) ** 2) == pytest.approx(lost, rel=1e-6, abs=1e-18)
-        assert state.metrics["discarded_energy"] == pytest.approx(
-            lost / np.sum(wanted**2), rel=1e-6, abs=1e-18
-        )
+        assert state.metrics["discarded_energy"] == pytest.approx(lost / np.sum(wanted**2), rel=1e-6, abs=1e-18)
         assert dense.distance(cohorts.matrix(state.merged, "big"), after - before) < 1e-10
         before = after
 

@@ -18,9 +18,7 @@ HEADS = {"score.bias": (3,), "score.weight": (3, 5)}
 NAMES = ("ada", "bo", "cy", "di", "ed", "flo", "gus", "hal")
 
 
-def model_spec(
-    shapes: Mapping[str, tuple[int, int]] = SHAPES, heads: bool = True, seed: int = 7
-) -> ModelSpec:
+def model_spec(shapes: Mapping[str, tuple[int, int]] = SHAPES, heads: bool = True, seed: int = 7) -> ModelSpec:
     """Build a model of a few layers, with a head of zeros."""
     named = {name: torch.zeros(shape) for name, shape in HEADS.items()} if heads else {}
     return ModelSpec(dict(shapes), seed, named)
@@ -45,16 +43,12 @@ def cohort(
     """Draw one update per rank; ``shared_a`` gives all clients the first client's input factors."""
     generator = torch.Generator().manual_seed(seed)
     updates: list[ClientUpdate] = []
+    first: dict[str, LowRank] = {}
     for name, rank, weight in zip(NAMES, ranks, weights, strict=False):
-        layers = {
-            layer: low_rank(*shape, rank, generator, dtype) for layer, shape in sorted(spec.layers.items())
-        }
-        if shared_a and updates:
-            first = updates[0].adapter.layers
-            layers = {
-                layer: LowRank(part.b, first[layer].a)
-                for layer, part in layers.items()  # type: ignore[union-attr]
-            }
+        layers = {layer: low_rank(*shape, rank, generator, dtype) for layer, shape in sorted(spec.layers.items())}
+        if shared_a:
+            first = first or layers
+            layers = {layer: LowRank(part.b, first[layer].a) for layer, part in layers.items()}
         heads = {
             head: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
             for head, value in spec.heads.items()

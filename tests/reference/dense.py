@@ -83,12 +83,11 @@ def units(clients: Sequence[tuple[float, Matrix, Matrix]]) -> list[Unit]:
 
 def cluster_cost(members: Sequence[Unit]) -> tuple[float, Matrix]:
     """Return the least weighted scatter of a cluster over all signs, and the centroid that has it."""
-    best, centre = math.inf, np.zeros(0)
+    best = math.inf
+    centre: Matrix = np.zeros(0)
     for signs in itertools.product([1.0, -1.0], repeat=len(members) - 1):
-        pairs = [
-            (unit.weight, sign * unit.feature) for unit, sign in zip(members, (1.0, *signs), strict=True)
-        ]
-        mean = sum(weight * feature for weight, feature in pairs) / sum(weight for weight, _ in pairs)
+        pairs = [(unit.weight, sign * unit.feature) for unit, sign in zip(members, (1.0, *signs), strict=True)]
+        mean = np.sum([weight * feature for weight, feature in pairs], axis=0) / sum(w for w, _ in pairs)
         cost = sum(weight * float(np.sum((feature - mean) ** 2)) for weight, feature in pairs)
         if cost < best:
             best, centre = cost, mean
@@ -100,9 +99,7 @@ def best_partition(pool: Sequence[Unit], count: int) -> tuple[float, list[list[i
     best, found = math.inf, []
     for labels in itertools.product(range(count), repeat=len(pool)):
         groups = [[i for i, label in enumerate(labels) if label == j] for j in range(count)]
-        if any(not group for group in groups) or [group[0] for group in groups] != sorted(
-            group[0] for group in groups
-        ):
+        if any(not group for group in groups) or [group[0] for group in groups] != sorted(group[0] for group in groups):
             continue
         cost = sum(cluster_cost([pool[i] for i in group])[0] for group in groups)
         if cost < best:

@@ -46,9 +46,7 @@ def test_a_function_may_put_another_file_in_place(folder: Path) -> None:
     assert write_artefact(folder, "a.bin", rename).sha256 == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_file_and_folder_are_flushed_before_and_after_the_rename(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_and_folder_are_flushed_before_and_after_the_rename(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     calls: list[str] = []
     flush, rename = os.fsync, os.replace

@@ -64,9 +64,7 @@ def test_fedavg_has_its_covariance_as_error() -> None:
     updates = cohorts.cohort(SPEC, [3, 3, 3])
     state = strategy.aggregate(strategy.init(SPEC), updates)
     error = certify(state.merged, updates).error
-    apart = sum(
-        float(np.sum((cohorts.matrix(state.merged, n) - cohorts.exact(updates, n)) ** 2)) for n in SPEC.layers
-    )
+    apart = sum(float(np.sum((cohorts.matrix(state.merged, n) - cohorts.exact(updates, n)) ** 2)) for n in SPEC.layers)
     whole = sum(float(np.sum(cohorts.exact(updates, n) ** 2)) for n in SPEC.layers)
     assert error == pytest.approx(math.sqrt(apart / whole))
     assert error > 0.3
@@ -79,9 +77,7 @@ def test_a_layer_missing_anywhere_counts_as_zero() -> None:
     merged = Adapter.pack({"out": updates[1].adapter.layers["out"]})
     given_ = certify(merged, updates)
     average = {n: cohorts.exact(updates, n) for n in SPEC.layers}
-    apart = sum(
-        float(np.sum((average[n] - (cohorts.matrix(merged, n) if n == "out" else 0)) ** 2)) for n in average
-    )
+    apart = sum(float(np.sum((average[n] - (cohorts.matrix(merged, n) if n == "out" else 0)) ** 2)) for n in average)
     whole = sum(float(np.sum(value**2)) for value in average.values())
     assert given_.error == pytest.approx(math.sqrt(apart / whole))
     assert list(given_.norm) == ["out"]

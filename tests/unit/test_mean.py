@@ -13,9 +13,7 @@ from strategies.mean import WeightedSum, joint_layout, mean_extras
 from strategies.updates import shares
 
 
-def update(
-    name: str, rank: int, value: float, weight: float, dtype: torch.dtype = torch.float32
-) -> ClientUpdate:
+def update(name: str, rank: int, value: float, weight: float, dtype: torch.dtype = torch.float32) -> ClientUpdate:
     layer = LowRank(torch.full((2, rank), value, dtype=dtype), torch.ones(rank, 3, dtype=dtype))
     return ClientUpdate(name, Adapter.pack({"x": layer}, {"h": torch.full((2,), value, dtype=dtype)}), weight)
 

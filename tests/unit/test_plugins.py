@@ -64,9 +64,7 @@ def test_files_with_a_leading_underscore_are_not_plugins(folder: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(
-        UnknownNameError, match="no aggregation strategy named 'fedsgd'; there is: fedavg, ffa_"
-    ):
+    with pytest.raises(UnknownNameError, match="no aggregation strategy named 'fedsgd'; there is: fedavg, ffa_"):
         aggregation_strategy("fedsgd")
 
 

@@ -168,9 +168,7 @@ def test_a_status_that_is_none_is_refused(store: RunStore) -> None:
 def test_fields_of_a_run_change_and_no_others(store: RunStore) -> None:
     create(store)
     file = write_artefact(store.run_folder("r1"), "adapter.bin", b"abc")
-    run = store.update_run(
-        "r1", best_round=3, best_metric=4.5, adapter_path=file.path, adapter_sha256=file.sha256
-    )
+    run = store.update_run("r1", best_round=3, best_metric=4.5, adapter_path=file.path, adapter_sha256=file.sha256)
     assert (run.best_round, run.best_metric, run.adapter_path) == (3, 4.5, "runs/r1/adapter.bin")
     assert run.updated_at > run.created_at
     with pytest.raises(TypeError, match=r"a run has no \['id'\] to change"):
@@ -287,9 +285,7 @@ def test_a_failed_round_may_be_committed_again(store: RunStore) -> None:
         replace(begun, status="failed", reason="no valid reply"), metrics=[Metric("r1", 1, "old", 1.0)]
     )
     assert failed.committed_at is not None
-    store.commit_round(
-        replace(failed, status="committed", reason=None), metrics=[Metric("r1", 1, "new", 2.0)]
-    )
+    store.commit_round(replace(failed, status="committed", reason=None), metrics=[Metric("r1", 1, "new", 2.0)])
     assert [metric.name for metric in store.metrics("r1")] == ["new"]
     assert [(round.status, round.reason) for round in store.rounds("r1")] == [("committed", None)]
 
@@ -370,9 +366,7 @@ def test_events_count_up_and_are_never_given_twice(store: RunStore) -> None:
     second = store.add_event("r2", "note", "two")
     third = store.add_event("r1", "note", "three")
     assert first < second < third
-    assert store.events("r1", after=first) == [
-        Event("r1", "note", "three", store.events("r1")[1].at, id=third)
-    ]
+    assert store.events("r1", after=first) == [Event("r1", "note", "three", store.events("r1")[1].at, id=third)]
     assert [event.id for event in store.events("r1", limit=1)] == [first]
     store.delete_run("r1")
     create(store)
@@ -385,9 +379,7 @@ def test_events_count_up_and_are_never_given_twice(store: RunStore) -> None:
 def test_hostile_text_is_escaped_and_bounded(store: RunStore) -> None:
     create(store)
     store.begin_round("r1", 1, [])
-    store.record_client(
-        ClientRound("r1", 1, "a\0\ud800" + "x" * 300, "rejected", "y" * 5_000_000, num_examples=10**30)
-    )
+    store.record_client(ClientRound("r1", 1, "a\0\ud800" + "x" * 300, "rejected", "y" * 5_000_000, num_examples=10**30))
     [client] = store.client_rounds("r1")
     assert client.client.startswith("a\\x00\\ud800xxx")
     assert len(client.client) == 200
@@ -401,9 +393,7 @@ def test_long_names_that_differ_at_the_end_stay_apart(store: RunStore) -> None:
     create(store)
     begun = store.begin_round("r1", 1, [])
     names = ["n" * 300 + "1", "n" * 300 + "2"]
-    store.commit_round(
-        replace(begun, status="committed"), metrics=[Metric("r1", 1, name, 1.0) for name in names]
-    )
+    store.commit_round(replace(begun, status="committed"), metrics=[Metric("r1", 1, name, 1.0) for name in names])
     assert len(store.metrics("r1")) == 2
     assert len(store.metrics("r1", name=names[0])) == 1
 
@@ -425,9 +415,7 @@ def test_a_kept_reply_with_megabytes_of_metadata_is_refused_and_a_rejected_one_r
     with pytest.raises(RejectedUpdate, match="client 'alice' carries 2,000,008 bytes of metadata"):
         store.record_client(reply)
     store.record_client(replace(reply, status="rejected"))
-    assert store.client_rounds("r1")[0].metadata == {
-        "left_out": "2,000,008 characters, at most 1,000,000 are kept"
-    }
+    assert store.client_rounds("r1")[0].metadata == {"left_out": "2,000,008 characters, at most 1,000,000 are kept"}
 
 
 def test_times_come_back_in_utc_and_need_a_zone(store: RunStore) -> None:
@@ -494,9 +482,7 @@ def test_a_damaged_page_is_told_in_one_line(store: RunStore, home: Path) -> None
         RunStore.open(home).runs()
 
 
-def test_a_full_disk_leaves_the_round_uncommitted(
-    store: RunStore, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_round_uncommitted(store: RunStore, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create(store)
     store.close()
     connect = sqlite3.connect
@@ -603,9 +589,7 @@ def test_a_read_only_home_is_not_written(locked_home: Path) -> None:
     with without_privileges():
         with pytest.raises(StoreError, match=r"lorafleet\.db failed .*choose another --home") as caught:
             RunStore.open(locked_home).add_event("r1", "note", "text")
-        with pytest.raises(
-            StoreError, match=r"cannot write .*runs/r1/lock .*choose a folder that can be written"
-        ):
+        with pytest.raises(StoreError, match=r"cannot write .*runs/r1/lock .*choose a folder that can be written"):
             RunLock(locked_home / "runs" / "r1").__enter__()
     assert "\n" not in str(caught.value)
 

@@ -44,6 +44,10 @@ class TestFlora:
         every += seeds(strategy, replace(state, spec=cohorts.model_spec(seed=8)))
         assert len(set(every)) == 9
 
+    def test_the_plan_knows_the_cap(self) -> None:
+        assert aggregation_strategy("flora").expected_ranks(4, [4, 8, 2], 3) == (0, 42)
+        assert aggregation_strategy("flora", global_rank=16).expected_ranks(4, [4, 8, 2], 3) == (0, 16)
+
     def test_a_stack_that_does_not_pay_is_merged_dense(self) -> None:
         state, updates = merged("flora", (2, 3))
         assert state.merged is not None
@@ -170,6 +174,12 @@ class TestLoraLego:
         for layer in SPEC.layers:
             one, other = cohorts.matrix(state.global_adapter, layer), cohorts.matrix(state.merged, layer)
             assert dense.distance(one, other) < 1e-12
+
+    def test_the_plan_knows_the_clusters(self) -> None:
+        assert aggregation_strategy("lora_lego").expected_ranks(4, [4, 8, 2], 0) == (0, 0)
+        assert aggregation_strategy("lora_lego").expected_ranks(16, [4, 8, 2], 3) == (8, 0)
+        assert aggregation_strategy("lora_lego", clusters=3).expected_ranks(4, [4, 8, 2], 3) == (3, 0)
+        assert aggregation_strategy("lora_lego", clusters=30, mode="merge").expected_ranks(4, [4, 8], 2) == (0, 24)
 
     def test_narrow_clients_take_the_heaviest_slots(self) -> None:
         state, _ = merged("lora_lego", (2, 4, 3))

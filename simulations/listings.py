@@ -1,0 +1,134 @@
+"""What the terminal shows when asked: runs, one run, plug-ins, and the doctor's findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from simulations.terminal import (
+    LISTED_CLIENTS,
+    Summary,
+    more_clients,
+    number,
+    numbers_table,
+    rounds_table,
+    size,
+    status_text,
+    troubles,
+)
+
+if TYPE_CHECKING:
+    from simulations.doctor import Check
+    from simulations.plugin_list import ListedPlugin
+
+
+def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> RenderableType:
+    """Show a list of runs, newest first."""
+    if not runs:
+        return "no runs here yet; begin with: lorafleet simulate quickstart"
+    table = numbers_table("run", "status", "strategy", ">rounds", ">best loss", ">begun")
+    table.columns[0].overflow = "fold"
+    for run in runs:
+        age = (now or datetime.now(UTC)) - datetime.fromisoformat(run["created_at"])
+        table.add_row(
+            run["id"],
+            status_text(run["status"]),
+            escape(run["strategy"]),
+            f"{run['rounds_done']}/{run['rounds_planned']}",
+            number(run["best_metric"]),
+            _ago(age.total_seconds()),
+        )
+    return table
+
+
+def run_view(summary: Summary) -> RenderableType:
+    """Show everything the store knows of a run."""
+    reason = f": {escape(summary['reason'])}" if summary["reason"] else ""
+    facts = {
+        "run": f"[bold]{summary['id']}[/]",
+        "status": f"{status_text(summary['status'])}{reason}",
+        "experiment": escape(f"{summary['name']}: {summary['strategy']} on {summary['task']}, seed {summary['seed']}"),
+        "rounds": f"{summary['rounds_done']} of {summary['rounds_planned']}",
+        "adapter": escape(summary["adapter"] or "none yet"),
+    }
+    head = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        head.add_row(f"[dim]{key}[/]", value)
+    parts: list[RenderableType] = [head, "", rounds_table(summary)]
+    if summary["clients"]:
+        parts += ["", _clients_table(summary)]
+    return Group(*parts, "", *troubles(summary))
+
+
+def plugins_view(title: str, plugins: Sequence[ListedPlugin]) -> RenderableType:
+    """Show one family of plug-ins with their options."""
+    parts: list[RenderableType] = [f"[bold]{title}[/]"]
+    for plugin in plugins:
+        source = "" if plugin.source == "built-in" else f"  [dim]{escape(plugin.source)}[/]"
+        if plugin.error:
+            parts += [f"  [red]{escape(plugin.name)}[/]{source}", f"    [red]{escape(plugin.error)}[/]"]
+            continue
+        parts.append(f"  [cyan]{escape(plugin.name)}[/]  {escape(plugin.summary)}{source}")
+        if able := _capabilities(plugin.capabilities or {}):
+            parts.append(f"    [dim]{able}[/]")
+        if plugin.options:
+            parts.append(_options_table(plugin))
+    return Group(*parts, "")
+
+
+def checks_view(checks: Sequence[Check]) -> RenderableType:
+    """Show the doctor's findings."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for check in checks:
+        advice = f"\n[dim]{escape(check.advice)}[/]" if check.advice else ""
+        table.add_row(status_text(check.status), check.name, escape(check.text) + advice)
+    return table
+
+
+def _clients_table(summary: Summary) -> RenderableType:
+    table = numbers_table("client", ">rank", ">trained", ">left out", ">examples", ">up", ">down", ">s per round")
+    names = sorted({row["client"] for row in summary["clients"]})
+    for name in names[:LISTED_CLIENTS]:
+        rows = [row for row in summary["clients"] if row["client"] == name]
+        trained = [row for row in rows if row["status"] in ("accepted", "received")]
+        missed = len(rows) - len(trained)
+        table.add_row(
+            escape(name),
+            ", ".join(str(rank) for rank in sorted({row["rank"] for row in rows if row["rank"]})) or "–",
+            str(len(trained)),
+            f"[yellow]{missed}[/]" if missed else "0",
+            f"{max(row['num_examples'] for row in rows):,}",
+            size(sum(row["bytes_up"] for row in rows)),
+            size(sum(row["bytes_down"] for row in rows)),
+            f"{sum(row['seconds'] for row in trained) / len(trained):.1f}" if trained else "–",
+        )
+    return Group(table, *more_clients(len(names)))
+
+
+def _options_table(plugin: ListedPlugin) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=20)
+    table.add_column(ratio=1)
+    for option in plugin.options:
+        default = "required" if option.required else "–" if option.default is None else str(option.default)
+        table.add_row(f"    {option.name}", escape(default), f"[dim]{escape(option.sentence)}[/]")
+    return table
+
+
+def _capabilities(capabilities: Mapping[str, Any]) -> str:
+    able = [key.replace("_", " ") for key, value in capabilities.items() if value is True]
+    named = [f"{key}: {value}" for key, value in capabilities.items() if not isinstance(value, bool)]
+    return ", ".join([*able, *named])
+
+
+def _ago(seconds: float) -> str:
+    for limit, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= limit:
+            return f"{seconds / limit:.0f} {unit} ago"
+    return "just now"

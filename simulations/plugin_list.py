@@ -1,0 +1,106 @@
+"""The plug-ins of every family, the user's own included; a broken file is listed with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import LoRAFleetError
+from common.methods import METHODS, AdapterMethod
+from common.plugins import Family, Plugin
+from common.tasks import TASKS
+from simulations.settings_help import Setting, settings_of_model
+from strategies import AGGREGATION, AggregationStrategy
+
+
+@dataclass(frozen=True)
+class ListedPlugin:
+    """One plug-in as it is shown.
+
+    Parameters
+    ----------
+    name, source : str
+        Its name, and ``built-in`` or the user's file.
+    summary : str
+        First line of its documentation.
+    capabilities : mapping
+        What it can do, by name.
+    options : tuple of Setting
+        Its hyper-parameters.
+    error : str
+        Why it cannot be used; empty if it can.
+    """
+
+    name: str
+    source: str
+    summary: str = ""
+    capabilities: Mapping[str, Any] | None = None
+    options: tuple[Setting, ...] = ()
+    error: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for ``--json``."""
+        options = {
+            item.name: {
+                "default": item.default,
+                "required": item.required,
+                "allowed": item.allowed,
+                "description": item.description,
+            }
+            for item in self.options
+        }
+        shown = {"name": self.name, "source": self.source, "summary": self.summary}
+        shown |= {"capabilities": dict(self.capabilities or {}), "options": options}
+        return shown | ({"error": self.error} if self.error else {})
+
+
+def _of_strategy(plugin: type[AggregationStrategy]) -> dict[str, Any]:
+    return dict(plugin.capabilities.as_dict())
+
+
+def _of_method(plugin: type[AdapterMethod]) -> dict[str, Any]:
+    return {"exact": plugin.exact}
+
+
+def _of_task(plugin: type[Plugin]) -> dict[str, Any]:
+    return {}
+
+
+_FAMILIES: tuple[tuple[Family[Any], Callable[[Any], dict[str, Any]]], ...] = (
+    (AGGREGATION, _of_strategy),
+    (METHODS, _of_method),
+    (TASKS, _of_task),
+)
+
+
+def listed_plugins() -> dict[str, list[ListedPlugin]]:
+    """List the plug-ins by family: ``aggregation``, ``methods``, ``tasks``.
+
+    Raises
+    ------
+    ConfigurationError
+        If the user's plug-in folder is not there.
+    """
+    return {
+        family.package.rpartition(".")[2]: [_listed(family, name, capable) for name in family.names()]
+        for family, capable in _FAMILIES
+    }
+
+
+def family_title(family: str) -> str:
+    """Return what people call the members of a family."""
+    return next(f"{item.kind}s" for item, _ in _FAMILIES if item.package.endswith(f".{family}"))
+
+
+def _listed(family: Family[Any], name: str, capable: Callable[[Any], dict[str, Any]]) -> ListedPlugin:
+    source = family.source(name)
+    try:
+        plugin = family.plugin(name)
+        capabilities = capable(plugin)
+    except LoRAFleetError as error:
+        return ListedPlugin(name, source, error=str(error))
+    except AttributeError as error:
+        return ListedPlugin(name, source, error=f"{source} is not complete: {error}")
+    summary = (plugin.__doc__ or "").strip().partition("\n")[0]
+    return ListedPlugin(name, source, summary, capabilities, tuple(settings_of_model(plugin)))

@@ -1,0 +1,186 @@
+"""What the terminal shows around a run: the plan, the rounds, the outcome, and what to type next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import ConfigurationError, LoRAFleetError
+
+if TYPE_CHECKING:
+    from common.experiment import Experiment
+    from server.plan import Plan
+
+LISTED_CLIENTS = 20
+
+STATUS_STYLES = {
+    "completed": "green",
+    "ok": "green",
+    "running": "cyan",
+    "interrupted": "yellow",
+    "warn": "yellow",
+    "failed": "red",
+    "fail": "red",
+}
+
+Summary = dict[str, Any]
+"""What ``simulations.summary.run_summary`` returns."""
+
+
+def print_error(error: LoRAFleetError | str) -> None:
+    """Write what went wrong on stderr, one line per problem."""
+    problems = error.problems if isinstance(error, ConfigurationError) else [str(error)]
+    console = Console(stderr=True, highlight=False)
+    for problem in problems:
+        text = Text.assemble(("error:", "bold red"), " ", " ".join(problem.split()))
+        console.print(text, soft_wrap=True)
+
+
+def plan_view(plan: Plan, experiment: Experiment, notices: bool = True) -> RenderableType:
+    """Show the plan: clients, ranks and the bytes to expect."""
+    from server.plan import rank_summary
+
+    table = numbers_table("client", ">rank", "trains", "evaluates", ">up per round", ">down, last round")
+    for client in plan.clients[:LISTED_CLIENTS]:
+        marks = ["yes" if mark else "no" for mark in (client.trains, client.evaluates)]
+        sizes = [size(client.bytes_up), size(client.bytes_down)] if client.trains else ["–", "–"]
+        table.add_row(escape(client.name), str(client.rank), *marks, *sizes)
+    training = sum(client.trains for client in plan.clients)
+    return Group(
+        f"[bold]{escape(experiment.name)}[/]: {escape(experiment.strategy.name)} on {escape(experiment.task.name)}",
+        table,
+        *more_clients(len(plan.clients)),
+        f"{counted(plan.rounds, 'round')}, {plan.cohort_size} of {counted(training, 'client')} in each; "
+        f"ranks {rank_summary(plan)}; {counted(plan.layers, 'layer')} adapted",
+        f"about {size(plan.bytes_up)} up and {size(plan.bytes_down)} down in all, "
+        f"at most {size(plan.largest_download)} in one download",
+        *(f"[yellow]note:[/] {escape(notice)}" for notice in (plan.notices if notices else ())),
+    )
+
+
+def rounds_table(summary: Summary) -> Table:
+    """Show what each round came to; the best one stands out."""
+    rounds = summary["rounds"]
+    unseen = any("unseen_loss" in row["metrics"] for row in rounds)
+    private = any(row["epsilon"] is not None for row in rounds)
+    optional = [*([">unseen"] if unseen else []), *([">epsilon"] if private else [])]
+    names = [">round", ">held-out", ">perplexity", ">worst", *optional, ">up", ">down", ">seconds", ">error"]
+    table = numbers_table(*names)
+    for row in rounds:
+        metrics = row["metrics"]
+        loss = metrics.get("held_out_loss")
+        table.add_row(
+            str(row["round"]) if row["status"] == "committed" else f"[red]{row['round']}[/]",
+            number(loss),
+            _perplexity(loss),
+            number(metrics.get("worst_client_loss")),
+            *([number(metrics.get("unseen_loss"))] if unseen else []),
+            *([number(row["epsilon"], 2)] if private else []),
+            size(row["bytes_up"]),
+            size(row["bytes_down"]),
+            f"{row['seconds']:.1f}",
+            _error(row),
+            style="bold" if row["round"] and row["round"] == summary["best_round"] else "",
+        )
+    return table
+
+
+def troubles(summary: Summary) -> Iterator[str]:
+    """Say why rounds failed and why clients were left out."""
+    for row in summary["rounds"]:
+        if row["status"] == "failed":
+            yield f"[red]round {row['round']} failed:[/] {escape(row['reason'] or 'no reason given')}"
+        for client in summary["clients"]:
+            if client["round"] == row["round"] and client["status"] not in ("accepted", "received"):
+                words = f"{client['client']} {client['status']}: {client['reason'] or 'no reason given'}"
+                yield f"[yellow]round {row['round']}:[/] {escape(words)}"
+
+
+def outcome_view(summary: Summary) -> RenderableType:
+    """Show what a run came to: its rounds, who was left out, and the change in one line."""
+    return Group("", rounds_table(summary), "", *troubles(summary), _outcome(summary))
+
+
+def what_next(summary: Summary, home: str = "") -> RenderableType:
+    """Say what to type next; ``home`` is the ``--home`` the user gave, if any."""
+    run, trained = summary["id"], summary["rounds_done"] > 0
+    if summary["status"] == "completed":
+        commands = [f"runs show {run}", f"export {run} --best --format peft --out adapter"]
+        commands.append(f"resume {run} --rounds {summary['rounds_planned'] * 2}")
+    else:
+        commands = [f"resume {run}", f"runs show {run}"]
+        commands += [f"export {run} --best --format peft --out adapter"] if trained else []
+    flag = f" --home {home}" if home else ""
+    lines = [Text(f"  lorafleet {command}{flag}", no_wrap=True, overflow="ignore") for command in commands]
+    return Group(Text("\nnext:", style="dim"), *lines)
+
+
+def numbers_table(*columns: str) -> Table:
+    """Build an empty table; a heading that begins with > stands over numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
+    return table
+
+
+def size(nbytes: float) -> str:
+    """Write a number of bytes for people."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= limit:
+            return f"{nbytes / limit:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number that may be missing."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write ``1 round``, ``2 rounds``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def status_text(status: str) -> str:
+    """Colour a status."""
+    return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"
+
+
+def more_clients(count: int) -> list[str]:
+    """Say how many clients a table leaves out."""
+    return [f"… and {count - LISTED_CLIENTS} more"] if count > LISTED_CLIENTS else []
+
+
+def _perplexity(loss: float | None) -> str:
+    if loss is None or math.isnan(loss):
+        return "–"
+    return f"{math.exp(loss):,.1f}" if loss < 15 else "> 10⁶"
+
+
+def _error(row: Summary) -> str:
+    if row["exact"]:
+        return "exact"
+    return "–" if row["error"] is None else f"{row['error']:.1e}"
+
+
+def _outcome(summary: Summary) -> str:
+    ended = f"run {summary['id']} {status_text(summary['status'])}"
+    seconds = duration(sum(row["seconds"] for row in summary["rounds"]))
+    losses = [row["metrics"]["held_out_loss"] for row in summary["rounds"] if "held_out_loss" in row["metrics"]]
+    change = f": held-out loss {losses[0]:.4f} → [bold]{losses[-1]:.4f}[/]" if len(losses) > 1 else ""
+    rounds = f"{summary['rounds_done']} of {counted(summary['rounds_planned'], 'round')}"
+    return f"{ended}, {rounds} in {seconds}{change}"
