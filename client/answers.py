@@ -6,12 +6,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import RecordDict
 
-from common.errors import CorruptArtefact
-from common.messages import TrainAnswer, TrainOrder
+from common.errors import ClientError, CorruptArtefact
+from common.messages import TrainAnswer, TrainOrder, read_header
 from common.parcel_file import parcel_bytes, read_parcel
 from common.wire import Parcel, write_message
 
@@ -30,7 +31,8 @@ def keep_answer(folder: Path, key: str, answer: TrainAnswer, update: Parcel) -> 
     """Replace the stored answer, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE}.{os.getpid()}.tmp"
-    temporary.write_bytes(parcel_bytes(update, answer.model_dump_json(), key))
+    hashed = replace(update, sha256=update.digest)  # damage on this disk must be found here
+    temporary.write_bytes(parcel_bytes(hashed, answer.model_dump_json(), key))
     temporary.replace(folder / FILE)
 
 
@@ -41,9 +43,10 @@ def stored_answer(folder: Path, key: str) -> RecordDict | None:
         return None
     try:
         parcel, header, stored_key = read_parcel(path)
-    except CorruptArtefact as error:
+        answer = read_header(TrainAnswer, header)
+    except (CorruptArtefact, ClientError) as error:
         log.warning("%s; the round is trained again", error)
         return None
     if stored_key != key:
         return None
-    return write_message(TrainAnswer.model_validate_json(header), {"update": parcel})
+    return write_message(answer, {"update": parcel})

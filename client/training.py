@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import TrainingError
 from common.experiment import TrainingSettings
@@ -49,8 +50,10 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
     Raises
     ------
     TrainingError
-        If the loss is not finite.
+        If there are no examples, or the loss is not finite.
     """
+    if not len(rows):
+        raise TrainingError(f"client {position.client} has no examples to train on")
     settings, adapted = workspace.experiment.training, workspace.adapted
     parameters = adapted.train_only(trains)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -60,24 +63,35 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
     seed = derive_seed(workspace.experiment.seed, "batches", position.round, position.client)
     batches = numbers_of_batches(len(rows), settings.batch_size, seed)
     losses = []
-    adapted.model.train()
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, position, step)
-        loss = torch.zeros((), device=device)
-        for numbers in islice(batches, settings.accumulation):
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                part = workspace.task.row_losses(adapted.model, rows.take(numbers)).mean() / settings.accumulation
-            scaler.scale(part).backward()
-            loss += part.detach()
-        losses.append(_finite(float(loss), step))
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    adapted.model.eval()
+    with _training_mode(adapted.model, optimizer):
+        for step in range(settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, position, step)
+            loss = torch.zeros((), device=device)
+            for part_number, numbers in enumerate(islice(batches, settings.accumulation)):
+                adapted.begin_pass(step * settings.accumulation + part_number)
+                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                    part = workspace.task.row_losses(adapted.model, rows.take(numbers)).mean() / settings.accumulation
+                scaler.scale(part).backward()
+                loss += part.detach()
+            losses.append(_finite(float(loss), step))
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
     return {"train_loss": sum(losses) / len(losses), "last_loss": losses[-1]}
+
+
+@contextmanager
+def _training_mode(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Switch to training; whatever happens, the worker's next client finds neither that mode nor old gradients."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(settings: TrainingSettings, position: Position, step: int) -> float:

@@ -22,6 +22,7 @@ from common.errors import ClientError
 from common.federation import Dispatch
 from common.fingerprint import code_fingerprint
 from common.messages import EvaluateAnswer, EvaluateOrder, Presence, Query, TrainAnswer, TrainOrder
+from common.seeds import derive_seed
 from common.start import starting_adapter
 from common.tasks import ClientData
 from common.wire import Parcel, read_message, seal, unseal, write_message
@@ -77,7 +78,8 @@ def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tupl
     given = unseal(_parcel(parcels, "start"), order.frozen_a)
     dispatch = Dispatch(given, order.rank, order.seed, order.trains, order.frozen_a)
     start = starting_adapter(dispatch, place.adapted.spec(node.experiment.seed))
-    _use(place, start, _parcel(parcels, "global"), order.seed)
+    seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
+    _use(place, start, _parcel(parcels, "global"), seed)
     metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains)
     trained = place.adapted.read()
     frozen = order.frozen_a is not None
@@ -98,8 +100,9 @@ def _data(place: Workspace, node: Node) -> ClientData:
 
 
 def _use(place: Workspace, start: Adapter, global_parcel: Parcel, seed: int = 0) -> None:
-    if not place.adapted.holds(global_parcel.sha256):
-        place.adapted.use_global(unseal(global_parcel), global_parcel.sha256)
+    version = global_parcel.digest
+    if not place.adapted.holds(version):
+        place.adapted.use_global(unseal(global_parcel), version)
     place.adapted.load(start, seed)
 
 

@@ -27,18 +27,22 @@ PREFIX = "base_model.model."
 
 
 class SeededDropout(nn.Module):
-    """Dropout that draws from a generator of its own, so that workers side by side stay deterministic."""
+    """Dropout whose mask follows from its seed alone.
+
+    Workers side by side stay deterministic, and a pass that gradient checkpointing computes again drops the same
+    entries again.
+    """
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.probability = probability
-        self.generator = torch.Generator()
+        self.probability, self.seed = probability, 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero entries of ``x`` with the given probability and rescale the rest, in training only."""
         if not self.training:
             return x
-        keep = torch.rand(x.shape, generator=self.generator) >= self.probability
+        generator = torch.Generator().manual_seed(self.seed)
+        keep = torch.rand(x.shape, generator=generator) >= self.probability
         return x * keep.to(x.device) / (1 - self.probability)
 
 
@@ -69,7 +73,7 @@ class AdaptedModel:
         self.peft_model = attach(model, method.config(model)).to(device)
         self.layers, self.heads = lora_layers(self.peft_model), trained_heads(self.peft_model)
         self._initial_heads = {name: head.detach().clone() for name, head in self.heads.items()}
-        self._global_version = ""
+        self._global_version, self._seed = "", 0
         self._hooks: list[Any] = []
         self._scalings: dict[str, float] = {}
         for layer in self.layers.values():
@@ -145,7 +149,7 @@ class AdaptedModel:
         adapter : Adapter
             Low-rank layers only; the scale is in ``b``, and goes back to the method's own here.
         seed : int
-            Seeds the adapter's dropout, each layer's for itself.
+            Seeds the adapter's dropout.
         """
         self.check(adapter)
         for name, layer in self.layers.items():
@@ -156,10 +160,16 @@ class AdaptedModel:
                 update = _nothing(layer)
             self._scalings[name] = self.method.scaling(update.rank)
             _set_factors(layer, update, self._scalings[name])
-            if isinstance(dropout := layer.lora_dropout[ADAPTER], SeededDropout):
-                dropout.generator.manual_seed(derive_seed(seed, "dropout", name))
         for name, head in self.heads.items():
             head.data = adapter.extras.get(name, self._initial_heads[name]).to(head.device, head.dtype).clone()
+        self._seed = seed
+        self.begin_pass(0)
+
+    def begin_pass(self, number: int) -> None:
+        """Seed the dropout of one forward and backward pass, each layer's for itself."""
+        for name, layer in self.layers.items():
+            if isinstance(dropout := layer.lora_dropout[ADAPTER], SeededDropout):
+                dropout.seed = derive_seed(self._seed, "dropout", name, number)
 
     def read(self) -> Adapter:
         """Return the factors as they are now, every scale in ``b``, on the CPU in fp32."""

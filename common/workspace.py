@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -34,12 +34,12 @@ _local = threading.local()
 
 
 def workspace(experiment: Experiment) -> Workspace:
-    """Return this thread's workspace, building it at the first call for these settings."""
+    """Return this thread's workspace; its model is kept for as long as task, adapter and training stay the same."""
     settings = experiment.model_dump_json(include={"task", "adapter", "training"})
     if getattr(_local, "settings", None) != settings:
         _local.workspace, _local.settings = _build(experiment), settings
     found: Workspace = _local.workspace
-    return found
+    return found if found.experiment == experiment else replace(found, experiment=experiment)
 
 
 def _build(experiment: Experiment) -> Workspace:

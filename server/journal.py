@@ -18,7 +18,7 @@ from common.errors import CorruptArtefact
 from common.federation import ModelSpec, ServerState
 from common.messages import TrainAnswer
 from common.parcel_file import parcel_bytes, read_parcel
-from common.store import Artefact, ClientRound, Event, Metric, Round, RunStore, verify, write_artefact
+from common.store import Artefact, ClientRound, Event, Metric, Round, Run, RunStore, verify, write_artefact
 from common.wire import Parcel
 
 log = logging.getLogger(__name__)
@@ -208,6 +208,14 @@ def best_metric(record: RoundRecord) -> float | None:
     """Return the number runs are judged by: held-out loss, or the server's where clients do not evaluate."""
     held_out = record.value("held_out_loss")
     return record.value("unseen_loss") if held_out is None else held_out
+
+
+def rewind(store: RunStore, run: str, number: int) -> Run:
+    """Forget the rounds after ``number``; the best round is sought among those that stay."""
+    name = "held_out_loss" if store.metrics(run, "held_out_loss", client="") else "unseen_loss"
+    kept = [metric for metric in store.metrics(run, name, client="") if metric.round <= number]
+    best = min(kept, key=lambda metric: (metric.value, metric.round), default=None)
+    return store.rewind(run, number, best_round=best.round if best else None, best_metric=best.value if best else None)
 
 
 def _sentence(record: RoundRecord) -> str:

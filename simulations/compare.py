@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,9 +121,10 @@ def _prepare(out: Path, home: Path) -> None:
     """Find out before the first run whether the results can be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").touch()
     except OSError as error:
-        raise StoreError(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
+        raise StoreError(f"cannot make the folder {out} ({error.strerror}); choose another one with --out") from None
+    if not os.access(out, os.W_OK):
+        raise StoreError(f"cannot write into {out}; choose another folder with --out")
     with RunStore.open(home):
         pass
 
@@ -176,10 +178,9 @@ def _owners_together(results: Sequence[Result], examples: Callable[[int], Mappin
     found = []
     for seed in dict.fromkeys(result.cell.seed for result in results):
         parts = [result for result in results if result.cell.seed == seed]
-        if troubles := [
-            replace(r.trouble, sentence=f"{r.cell.owner}: {r.trouble.sentence}") for r in parts if r.trouble
-        ]:
-            found += [Result(parts[0].cell, None, trouble) for trouble in troubles]
+        if troubles := [(part.cell.owner, part.trouble) for part in parts if part.trouble]:
+            named = [replace(trouble, sentence=f"{owner}: {trouble.sentence}") for owner, trouble in troubles]
+            found += [Result(parts[0].cell, None, trouble) for trouble in named]
             continue
         weights = examples(seed)
         outcome = alone([(part.outcome, weights[part.cell.owner]) for part in parts if part.outcome])

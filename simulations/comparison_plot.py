@@ -42,7 +42,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
 
 def plot(rows: Sequence[Row]) -> alt.HConcatChart:
-    """Draw means over seeds as lines and standard deviations as bands; references are dashed."""
+    """Draw means over seeds as lines and standard deviations as bands; references are dashed, without a band."""
     rows = [row for row in rows if row.outcomes]
     held_out = any("held_out_loss" in row.measures for row in rows)
     loss: Callable[[Point], float | None] = (lambda p: p.held_out) if held_out else (lambda p: p.unseen)
@@ -58,9 +58,9 @@ def plot(rows: Sequence[Row]) -> alt.HConcatChart:
     y = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
     curves = {row.label: row.curve(loss) for row in rows}
     last = max((point.round for curve in curves.values() for point in curve), default=1)
-    whole = alt.Axis(values=list(range(0, last + 1, math.ceil(last / TICKS))), format="d")
-    rounds = _panel(list(_over_rounds(curves)), alt.X("x:Q", title="round", axis=whole), y, look)
-    sent = _panel(list(_over_bytes(curves)), alt.X("x:Q", title="megabytes per client, up and down"), y, look)
+    whole = alt.Axis(values=list(range(0, last + 1, max(1, math.ceil(last / TICKS)))), format="d")
+    rounds = _panel(list(_over_rounds(rows, curves)), alt.X("x:Q", title="round", axis=whole), y, look)
+    sent = _panel(list(_over_bytes(rows, curves)), alt.X("x:Q", title="megabytes per client, up and down"), y, look)
     chart: alt.HConcatChart = alt.hconcat(rounds, sent).configure_view(stroke=None).configure_axis(gridOpacity=0.5)
     return chart
 
@@ -78,32 +78,32 @@ def _ramp(share: float) -> str:
     return "#" + "".join(f"{round(low + share * (high - low)):02X}" for low, high in zip(*RAMP, strict=True))
 
 
-def _over_rounds(curves: dict[str, list[CurvePoint]]) -> Iterator[dict[str, Any]]:
-    for label, curve in curves.items():
-        for point in curve:
-            yield _values(label, point.round, point)
+def _over_rounds(rows: Sequence[Row], curves: dict[str, list[CurvePoint]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        for point in curves[row.label]:
+            yield _values(row, point.round, point)
 
 
-def _over_bytes(curves: dict[str, list[CurvePoint]]) -> Iterator[dict[str, Any]]:
-    """Place points by megabytes; what sends nothing becomes a level at its last loss."""
+def _over_bytes(rows: Sequence[Row], curves: dict[str, list[CurvePoint]]) -> Iterator[dict[str, Any]]:
+    """Place points by megabytes; references send nothing and become a level at their last loss."""
     furthest = max((point.nbytes or 0.0 for curve in curves.values() for point in curve), default=0.0)
-    for label, curve in curves.items():
-        if curve and curve[-1].nbytes is None:
-            yield _values(label, 0.0, curve[-1])
-            yield _values(label, furthest / 1e6, curve[-1])
-            continue
-        for point in curve:
-            yield _values(label, (point.nbytes or 0.0) / 1e6, point)
+    for row in rows:
+        curve = curves[row.label]
+        if row.reference and curve:
+            yield _values(row, 0.0, curve[-1])
+            yield _values(row, furthest / 1e6, curve[-1])
+        else:
+            yield from (_values(row, (point.nbytes or 0.0) / 1e6, point) for point in curve)
 
 
-def _values(label: str, x: float, point: CurvePoint) -> dict[str, Any]:
+def _values(row: Row, x: float, point: CurvePoint) -> dict[str, Any]:
     mean, sd = point.loss.mean, point.loss.sd or 0.0
-    return {"row": label, "x": x, "loss": mean, "low": mean - sd, "high": mean + sd}
+    return {"row": row.label, "reference": row.reference, "x": x, "loss": mean, "low": mean - sd, "high": mean + sd}
 
 
 def _panel(values: list[dict[str, Any]], x: alt.X, y: alt.Y, look: dict[str, Any]) -> alt.LayerChart | alt.FacetChart:
     line = alt.Chart(alt.InlineData(values=values)).mark_line(point=alt.OverlayMarkDef(size=20)).encode(x, y, **look)
-    spread = [value for value in values if value["low"] < value["high"]]
+    spread = [value for value in values if value["low"] < value["high"] and not value["reference"]]
     band = alt.Chart(alt.InlineData(values=spread)).mark_area(fillOpacity=0.12)
     band = band.encode(x, alt.Y("low:Q"), alt.Y2("high:Q"), color=look["color"])
     return alt.layer(band, line).properties(width=WIDTH, height=HEIGHT)

@@ -10,10 +10,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import LoRAFleetError
 
@@ -48,10 +48,6 @@ class Check:
     status: Status
     text: str
     advice: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for ``--json``."""
-        return asdict(self)
 
 
 def examine(home: Path) -> list[Check]:
@@ -120,7 +116,9 @@ def check_torch() -> Check:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if not gpus:
         return Check("torch", "ok", f"{text}, no GPU")
-    return Check("torch", "ok", f"{text}; " + ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus))
+    return Check(
+        "torch", "ok", f"{text}; " + ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
+    )
 
 
 def check_flower() -> Check:
@@ -204,7 +202,9 @@ def check_corpus() -> Check:
     _, also = resolve_unseen()
     text = f"owners {', '.join(owners.values())}"
     if notices := [*substituted, *also]:
-        return Check("corpus", "warn", f"{text}: {'; '.join(notices)}", "results differ from those of a complete library")
+        return Check(
+            "corpus", "warn", f"{text}: {'; '.join(notices)}", "results differ from those of a complete library"
+        )
     return Check("corpus", "ok", text)
 
 

@@ -23,7 +23,7 @@ from server.progress import Progress
 from simulations.terminal import duration
 
 LISTED_CLIENTS = 10
-BAR_WIDTH = 24
+BAR_WIDTH = 20
 FRAMES_PER_S = 5
 
 _STYLES = {"waiting": "dim", "training": "cyan", "done": "green", "left out": "yellow"}
@@ -78,7 +78,7 @@ class RoundState:
     def sentence(self, metrics: Mapping[str, float]) -> str:
         """Say how the round ended."""
         loss = metrics.get("held_out_loss", metrics.get("unseen_loss"))
-        parts = [f"{len(self.done)} of {self.cohort} clients trained"] if self.number else ["before training"]
+        parts = [f"{len(self.done)} of {self.cohort} trained"] if self.number else ["before training"]
         parts += [f"loss {loss:.4f}"] if loss is not None else []
         return ", ".join([*parts, duration(time.monotonic() - self.started)])
 

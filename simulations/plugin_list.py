@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import LoRAFleetError
-from common.methods import METHODS, AdapterMethod
-from common.plugins import Family, Plugin
+from common.methods import METHODS
+from common.plugins import Family
 from common.tasks import TASKS
 from simulations.settings_help import Setting, settings_of_model
-from strategies import AGGREGATION, AggregationStrategy
+from strategies import AGGREGATION
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,15 @@ class ListedPlugin:
             }
             for item in self.options
         }
-        shown = {"name": self.name, "source": self.source, "summary": self.summary}
+        shown: dict[str, Any] = {"name": self.name, "source": self.source, "summary": self.summary}
         shown |= {"capabilities": dict(self.capabilities or {}), "options": options}
         return shown | ({"error": self.error} if self.error else {})
 
 
-def _of_strategy(plugin: type[AggregationStrategy]) -> dict[str, Any]:
-    return dict(plugin.capabilities.as_dict())
-
-
-def _of_method(plugin: type[AdapterMethod]) -> dict[str, Any]:
-    return {"exact": plugin.exact}
-
-
-def _of_task(plugin: type[Plugin]) -> dict[str, Any]:
-    return {}
-
-
 _FAMILIES: tuple[tuple[Family[Any], Callable[[Any], dict[str, Any]]], ...] = (
-    (AGGREGATION, _of_strategy),
-    (METHODS, _of_method),
-    (TASKS, _of_task),
+    (AGGREGATION, lambda strategy: strategy.capabilities.as_dict()),
+    (METHODS, lambda method: {"exact": method.exact}),
+    (TASKS, lambda _: {}),
 )
 
 

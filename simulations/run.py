@@ -19,6 +19,7 @@ from common.store import Metric, Round, Run, RunLock, RunStatus, RunStore, is_lo
 from common.tasks import TASKS
 from common.workspace import choose_device, cores
 from server.app import create_run
+from server.journal import rewind
 from server.plan import make_plan, rank_summary
 from server.progress import announce
 
@@ -112,7 +113,11 @@ def simulate(experiment: Experiment, home: Path | str | None = None) -> Finished
 
 
 def resume(
-    name: str, home: Path | str | None = None, rounds: int | None = None, experiment: Experiment | None = None
+    name: str,
+    home: Path | str | None = None,
+    rounds: int | None = None,
+    experiment: Experiment | None = None,
+    from_round: int | None = None,
 ) -> FinishedRun:
     """Go on with an interrupted or failed run, or extend a finished one.
 
@@ -126,6 +131,8 @@ def resume(
         New number of rounds in all.
     experiment : Experiment, optional
         What the user believes the run to be; refused if it differs from what the run began with.
+    from_round : int, optional
+        Forget the rounds after this one and go on from there.
 
     Raises
     ------
@@ -137,6 +144,8 @@ def resume(
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
             begun = _checked(run, experiment)
+            if from_round is not None:
+                run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds
             if run.status == "completed" and wanted <= run.rounds_done:
                 raise UserError(f"run {run.id} has done its {run.rounds_done} rounds; extend it with --rounds N")

@@ -14,33 +14,16 @@ from common.store import RunStore
 from server.progress import Progress, listening
 from simulations.following import following
 from simulations.live import ProgressBars, ProgressLines
-from simulations.summary import json_text, run_summary
-from simulations.terminal import outcome_view, plan_view, print_error, what_next
-
-INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Output:
-    """How a verb shows what it does.
-
-    Parameters
-    ----------
-    home : Path
-        Where the runs are.
-    named_home : str
-        The ``--home`` the user gave; empty for the default.
-    as_json : bool
-        One object on stdout, in place of tables.
-    quiet : bool
-        No plan and no progress.
-    """
-
-    home: Path
-    named_home: str = ""
-    as_json: bool = False
-    quiet: bool = False
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+from simulations.summary import run_summary
+from simulations.terminal import (
+    INTERRUPTED,
+    Output,
+    home_flag,
+    outcome_view,
+    plan_view,
+    print_error,
+    print_next,
+)
 
 
 @dataclass
@@ -130,8 +113,8 @@ def run_session(begin: Callable[[], object], output: Output) -> int:
         run = watch.run
     _show(output, run)
     if trouble:
-        flag = f" --home {output.named_home}" if output.named_home else ""
-        hint = f"; go on with: lorafleet resume {run}{flag}" if code == INTERRUPTED else ""
+        command = f"lorafleet resume {run}{home_flag(output.named_home)}"
+        hint = f"; go on with: {command}" if code == INTERRUPTED else ""
         print_error(trouble + hint)
     return code
 
@@ -147,7 +130,6 @@ def _display(output: Output, whole_rounds: bool) -> ProgressBars | ProgressLines
 def _show(output: Output, run: str) -> None:
     with RunStore.open(output.home, read_only=True) as store:
         summary = run_summary(store, run)
-    if output.as_json:
-        print(json_text(summary))
-        return
-    output.console.print(outcome_view(summary), what_next(summary, output.named_home))
+    output.show(summary, outcome_view(summary))
+    if not output.as_json:
+        print_next(output.console, summary, output.named_home)

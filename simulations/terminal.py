@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,11 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigurationError, LoRAFleetError
+from simulations.summary import json_text
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
     from server.plan import Plan
 
+INTERRUPTED = 130
 LISTED_CLIENTS = 20
 
 STATUS_STYLES = {
@@ -31,6 +37,36 @@ STATUS_STYLES = {
 
 Summary = dict[str, Any]
 """What ``simulations.summary.run_summary`` returns."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a verb shows what it did.
+
+    Parameters
+    ----------
+    home : Path
+        Where the runs are.
+    named_home : str
+        The ``--home`` the user gave; empty for the default.
+    as_json : bool
+        One object on stdout, in place of tables.
+    quiet : bool
+        No plan and no progress.
+    """
+
+    home: Path
+    named_home: str = ""
+    as_json: bool = False
+    quiet: bool = False
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+
+    def show(self, values: Mapping[str, Any], *views: RenderableType) -> None:
+        """Show a result: its values to a script, its views to people."""
+        if self.as_json:
+            sys.stdout.write(json_text(values) + "\n")
+        else:
+            self.console.print(*views, sep="\n")
 
 
 def print_error(error: LoRAFleetError | str) -> None:
@@ -104,11 +140,11 @@ def troubles(summary: Summary) -> Iterator[str]:
 
 def outcome_view(summary: Summary) -> RenderableType:
     """Show what a run came to: its rounds, who was left out, and the change in one line."""
-    return Group("", rounds_table(summary), "", *troubles(summary), _outcome(summary))
+    return Group(rounds_table(summary), "", *troubles(summary), _outcome(summary))
 
 
-def what_next(summary: Summary, home: str = "") -> RenderableType:
-    """Say what to type next; ``home`` is the ``--home`` the user gave, if any."""
+def print_next(console: Console, summary: Summary, home: str = "") -> None:
+    """Say what to type next, in lines that can be copied; ``home`` is the ``--home`` the user gave, if any."""
     run, trained = summary["id"], summary["rounds_done"] > 0
     if summary["status"] == "completed":
         commands = [f"runs show {run}", f"export {run} --best --format peft --out adapter"]
@@ -116,9 +152,14 @@ def what_next(summary: Summary, home: str = "") -> RenderableType:
     else:
         commands = [f"resume {run}", f"runs show {run}"]
         commands += [f"export {run} --best --format peft --out adapter"] if trained else []
-    flag = f" --home {home}" if home else ""
-    lines = [Text(f"  lorafleet {command}{flag}", no_wrap=True, overflow="ignore") for command in commands]
-    return Group(Text("\nnext:", style="dim"), *lines)
+    console.print("\n[dim]next:[/]")
+    for command in commands:
+        console.print(Text(f"  lorafleet {command}{home_flag(home)}"), soft_wrap=True)
+
+
+def home_flag(home: str) -> str:
+    """Repeat the ``--home`` the user gave in a command to type."""
+    return f" --home {shlex.quote(home)}" if home else ""
 
 
 def numbers_table(*columns: str) -> Table:
@@ -178,9 +219,9 @@ def _error(row: Summary) -> str:
 
 
 def _outcome(summary: Summary) -> str:
-    ended = f"run {summary['id']} {status_text(summary['status'])}"
-    seconds = duration(sum(row["seconds"] for row in summary["rounds"]))
     losses = [row["metrics"]["held_out_loss"] for row in summary["rounds"] if "held_out_loss" in row["metrics"]]
-    change = f": held-out loss {losses[0]:.4f} → [bold]{losses[-1]:.4f}[/]" if len(losses) > 1 else ""
-    rounds = f"{summary['rounds_done']} of {counted(summary['rounds_planned'], 'round')}"
-    return f"{ended}, {rounds} in {seconds}{change}"
+    change = f"\nheld-out loss {losses[0]:.4f} → [bold]{losses[-1]:.4f}[/]" if len(losses) > 1 else ""
+    done, planned = summary["rounds_done"], summary["rounds_planned"]
+    rounds = counted(done, "round") if done == planned else f"{done} of {counted(planned, 'round')}"
+    seconds = duration(sum(row["seconds"] for row in summary["rounds"]))
+    return f"run {summary['id']} {status_text(summary['status'])}: {rounds} in {seconds}{change}"

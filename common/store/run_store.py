@@ -209,6 +209,21 @@ class RunStore:
                 writing.put_round(connection, begun, known=False)
             return reading.read_rounds(connection, run_id, round)[0]
 
+    def rewind(self, run_id: str, round: int, **changes: Unpack[RunChanges]) -> Run:
+        """Forget all rounds after one, so that the run goes on from there; their files stay until written again.
+
+        Raises
+        ------
+        StoreError
+            When that round has not ended.
+        """
+        with self._database.writing() as connection:
+            if reading.round_status(connection, run_id, round) in (None, "running"):
+                raise StoreError(f"run {run_id} has no round {round} to go on from")
+            writing.remove_rounds_after(connection, run_id, round)
+            writing.change_run(connection, run_id, self._clock(), {"rounds_done": round, **writing.known(changes)})
+            return reading.find_run(connection, run_id)
+
     def record_client(self, client: ClientRound) -> None:
         """Record what a client did, in place of what was recorded; its artefact is already on disk.
 

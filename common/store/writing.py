@@ -130,6 +130,13 @@ def put_event(connection: Connection, event: Event) -> int:
     return connection.execute(statement).scalar_one()
 
 
+def remove_rounds_after(connection: Connection, run_id: str, round: int) -> None:
+    """Delete the rows of all rounds after one, those that refer to others first."""
+    for row in (EventRow, ArtefactRow, MetricRow, ClientRoundRow, RoundRow):
+        table = table_of(row)
+        connection.execute(delete(table).where(table.c.run == run_id, table.c.round > round))
+
+
 def remove_run(connection: Connection, run_id: str) -> None:
     """Delete a run's rows, those that refer to others first.
 

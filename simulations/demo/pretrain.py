@@ -201,7 +201,7 @@ It is good for nothing else.
 - Training: seed {recipe.seed}, {recipe.steps:,} steps of {recipe.rows} rows of {recipe.length} tokens, AdamW
   (0.9, 0.95), weight decay {recipe.weight_decay}, gradient norm clipped to 1, peak learning rate
   {recipe.peak_rate} after {recipe.warm_up} steps, cosine to a twentieth of it.
-- It took {measured.seconds:.0f} s of processor time, {torch.get_num_threads()} threads together
+- It took about {round(measured.seconds, -1):.0f} s of processor time, {torch.get_num_threads()} threads together
   (torch {torch.__version__.partition("+")[0]}).
 
 ## Loss before federation

@@ -18,7 +18,7 @@ pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.e2e
 
 SERVER = """
-import json, os
+import json, os, time
 from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.serverapp import ServerApp
@@ -31,7 +31,9 @@ def main(grid, context):
     config = context.run_config
     if config["experiment"] == "fail":
         raise ValueError("no such data")
-    nodes = list(grid.get_node_ids())
+    end = time.monotonic() + 60
+    while len(nodes := list(grid.get_node_ids())) < 3 and time.monotonic() < end:
+        time.sleep(0.1)  # Flower registers the nodes after it has started the server
     missing = list(grid.push_messages([Message(RecordDict(), node, "query") for node in nodes]))
     clients = []
     while missing:

@@ -17,9 +17,7 @@ from common.text.partition import Partition, partition, split
 KINDS = ("natural", "iid", "dirichlet", "size")
 
 documents_of_any_kind = st.lists(
-    st.builds(
-        Document, id=st.text(max_size=5), key=st.sampled_from(["", "a", "a\x00", "b", "ü"]), text=st.text()
-    ),
+    st.builds(Document, id=st.text(max_size=5), key=st.sampled_from(["", "a", "a\x00", "b", "ü"]), text=st.text()),
     min_size=1,
     max_size=40,
 )
@@ -28,9 +26,7 @@ seeds = st.integers(min_value=0, max_value=2**63 - 1)
 
 def made(**counts: int) -> list[Document]:
     """Make so many documents per key."""
-    return [
-        Document(f"{key}/{n}", key, f"text {key} {n}") for key, count in counts.items() for n in range(count)
-    ]
+    return [Document(f"{key}/{n}", key, f"text {key} {n}") for key, count in counts.items() for n in range(count)]
 
 
 @given(documents_of_any_kind, st.sampled_from(KINDS), st.integers(1, 6), seeds, st.randoms())
@@ -97,9 +93,7 @@ def test_dirichlet_skews_the_more_the_smaller_alpha() -> None:
 def test_another_seed_shares_out_differently() -> None:
     documents = made(a=20, b=20)
     for kind in ("iid", "dirichlet", "size"):
-        assert partition(documents, Partition(kind=kind), 3, 0) != partition(
-            documents, Partition(kind=kind), 3, 1
-        )
+        assert partition(documents, Partition(kind=kind), 3, 0) != partition(documents, Partition(kind=kind), 3, 1)
     assert split(documents, seed=0) != split(documents, seed=1)
 
 

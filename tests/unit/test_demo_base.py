@@ -43,9 +43,7 @@ def test_it_loads_with_two_million_parameters_in_fp32(model: PreTrainedModel) ->
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card()
 
 
-def test_its_loss_on_the_probe_is_the_cards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_its_loss_on_the_probe_is_the_cards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = torch.tensor([[*tokenizer(PROBE)["input_ids"], tokenizer.eos_token_id]])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()

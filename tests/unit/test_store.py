@@ -686,3 +686,18 @@ def test_somebody_elses_database_is_left_alone(home: Path) -> None:
     with pytest.raises(StoreError, match="holds tables that are not LoRAFleet's"):
         RunStore.open(home)
     assert statements(home / "lorafleet.db") == {"CREATE TABLE birds (name TEXT)"}
+
+
+def test_rewind_forgets_later_rounds(tmp_path: Path) -> None:
+    with RunStore.open(tmp_path) as store:
+        store.create_run("r", name="n", task="t", strategy="s", seed=0, experiment="{}", rounds_planned=3)
+        for number in range(3):
+            store.begin_round("r", number, ["a"])
+            row = Round("r", number, datetime.now(UTC), status="committed")
+            store.commit_round(row, metrics=[Metric("r", number, "loss", float(number))], rounds_done=number)
+        run = store.rewind("r", 1)
+        assert run.rounds_done == 1
+        assert [row.round for row in store.rounds("r")] == [0, 1]
+        assert [metric.round for metric in store.metrics("r")] == [0, 1]
+        with pytest.raises(StoreError, match="no round 5"):
+            store.rewind("r", 5)

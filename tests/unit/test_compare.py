@@ -1,0 +1,657 @@
+"""Comparisons without training: cells, references, the maths of the table, reuse of runs, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from common.errors import ConfigurationError, DataError, RunError, StoreError
+from common.experiment import Experiment
+from common.experiment_file import load_experiment
+from common.fingerprint import code_fingerprint
+from common.store import ClientRound, Metric, Round, RunStatus, RunStore
+from common.tasks import clients_key
+from common.text.partition import Partition
+from common.text.shares import TextSource, client_share
+from server.progress import listening
+from simulations import compare as compare_module
+from simulations.compare import compare, configuration_hash, run_before
+from simulations.comparison_cells import Cell, Variation, federated_cells, parse_vary
+from simulations.comparison_plot import PALETTE, draw, plot, row_colours
+from simulations.comparison_references import centralised, federation, local, reference_cells
+from simulations.comparison_report import COLUMNS, Comparison, Machine, write_report
+from simulations.comparison_rows import (
+    MEASURES,
+    Estimate,
+    Outcome,
+    Point,
+    Row,
+    Trouble,
+    alone,
+    estimate,
+    measures_of,
+    outcome_of,
+)
+from simulations.run import load_run
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+# --vary
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "values"),
+    [
+        ("seed=0,1", "seed", ("0", "1")),
+        ("strategy.name=flora, ffa_lora ,lora_lego", "strategy.name", ("flora", "ffa_lora", "lora_lego")),
+        ('a.t=["q","v"],["q"]', "a.t", ('["q","v"]', '["q"]')),
+        ("""a.s="x,y",'z,"'""", "a.s", ('"x,y"', """'z,"'""")),
+        ("a.o={x = [1,2], y = '}'},3", "a.o", ("{x = [1,2], y = '}'}", "3")),
+        ("a.s=x=1,y=2", "a.s", ("x=1", "y=2")),
+    ],
+)
+def test_values_are_split_at_outer_commas(text: str, key: str, values: tuple[str, ...]) -> None:
+    assert parse_vary([text]) == [Variation(key, values)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (["seed"], "not of the form"),
+        (["=1,2"], "not of the form"),
+        (["seed="], "empty value"),
+        (["seed=0,,1"], "empty value"),
+        (["seed=0,1,0"], "has 0 twice"),
+        (["seed=0", "seed=1"], "--vary seed stands twice"),
+        (["a.t=[1,2"], "] is missing"),
+        (['a.t="x'], '" is missing'),
+    ],
+)
+def test_a_wrong_vary_is_refused(texts: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_vary(texts)
+    assert sentence in str(caught.value)
+
+
+# Cells
+
+
+def test_cells_are_all_combinations_seed_by_seed() -> None:
+    variations = parse_vary(["strategy.name=flora,ffa_lora", "seed=3,4", "training.steps=1,2"])
+    cells = federated_cells("quickstart", ["federation.rounds=2"], variations)
+    assert [cell.text for cell in cells[:5]] == [
+        "strategy.name=flora training.steps=1 seed=3",
+        "strategy.name=flora training.steps=2 seed=3",
+        "strategy.name=ffa_lora training.steps=1 seed=3",
+        "strategy.name=ffa_lora training.steps=2 seed=3",
+        "strategy.name=flora training.steps=1 seed=4",
+    ]
+    assert len(cells) == 8
+    assert cells[3].row == "ffa_lora, training.steps=2"
+    experiment = cells[3].experiment
+    assert experiment is not None
+    assert (experiment.seed, experiment.strategy.name, experiment.training.steps) == (3, "ffa_lora", 2)
+    assert experiment.federation.rounds == 2
+    assert cells[3].settings == {"strategy.name": "ffa_lora", "training.steps": "2"}
+
+
+@pytest.mark.parametrize(("overrides", "seed"), [([], 0), (["seed=5"], 5), (["seed=5", "seed=6"], 6)])
+def test_the_experiments_own_seed_is_the_only_one_unless_varied(overrides: list[str], seed: int) -> None:
+    cells = federated_cells("quickstart", overrides, [])
+    assert [(cell.row, cell.seed) for cell in cells] == [("flora", seed)]
+    assert cells[0].experiment is not None
+    assert cells[0].experiment.seed == seed
+
+
+def test_options_of_a_varied_plugin_survive_its_name_whatever_the_order() -> None:
+    variations = parse_vary(["strategy.options.clusters=4", "strategy.name=lora_lego"])
+    (cell,) = federated_cells("quickstart", [], variations)
+    assert cell.experiment is not None
+    assert cell.experiment.strategy.options == {"clusters": 4}
+    assert cell.row == "strategy.options.clusters=4, lora_lego"
+
+
+def test_a_cell_that_is_no_experiment_keeps_the_sentence() -> None:
+    cells = federated_cells("quickstart", [], parse_vary(["training.steps=0,1"]))
+    assert cells[0].experiment is None
+    assert "training.steps" in cells[0].problem
+    assert cells[1].experiment is not None
+
+
+def test_a_missing_source_and_a_wrong_seed_are_errors() -> None:
+    with pytest.raises(DataError):
+        federated_cells("missing.toml", [], [])
+    with pytest.raises(ConfigurationError, match="seeds are whole numbers, not one, 2"):
+        federated_cells("quickstart", [], parse_vary(["seed=one,2"]))
+
+
+# References
+
+
+def test_centralised_trains_the_largest_rank_on_all_data_as_long_as_all_together() -> None:
+    made = centralised(load_experiment("quickstart"))
+    assert made.name == "quickstart-centralised"
+    assert made.strategy.name == "fedavg"
+    pooled = made.clients["centralised"]
+    assert pooled.pool == ("asyncio", "email", "idlelib", "unittest")
+    assert (pooled.rank, pooled.trains, pooled.evaluates) == (16, True, False)
+    others = [made.clients[name] for name in pooled.pool]
+    assert all(not client.trains and client.evaluates for client in others)
+    assert made.training.steps == 4 * 20
+    assert made.federation.rounds == 5
+
+
+def test_centralised_counts_the_cohort_and_pools_only_what_trains() -> None:
+    overrides = [
+        "federation.cohort_fraction=0.67",
+        "clients.unittest.trains=false",
+        "federation.max_update_norm=1",
+        "adapter.options.rank=32",
+        "clients.email.rank='auto'",
+        "strategy.name=fedavg",
+        "strategy.options.nonsense=1",
+    ]
+    made = centralised(load_experiment("quickstart", overrides))
+    assert made.clients["centralised"].pool == ("asyncio", "email", "idlelib")
+    assert made.clients["centralised"].rank == 32
+    assert made.training.steps == 2 * 20
+    assert made.federation.max_update_norm is None
+    assert made.federation.cohort_fraction == 1.0
+    assert made.strategy.options == {}
+
+
+def test_virtual_clients_and_taken_names_are_kept_apart() -> None:
+    table = load_experiment("quickstart").model_dump()
+    table["clients"] = {"centralised": {"data": "email"}, "asyncio": {}}
+    made = centralised(Experiment.parse(table))
+    assert made.clients["centralised_"].pool == ("asyncio", "centralised")
+
+    table |= {"clients": {}, "simulation": {"clients": 3, "ranks": (2, 4)}}
+    experiment = Experiment.parse(table)
+    made = centralised(experiment)
+    assert made.simulation.clients == 0
+    assert {name: client.rank for name, client in made.clients.items()} == {
+        "client-1": 2,
+        "client-2": 4,
+        "client-3": 2,
+        "centralised": 4,
+    }
+    assert local(experiment, "client-2").clients["client-2"].rank == 4
+
+
+def test_local_lets_one_owner_train_and_be_judged() -> None:
+    experiment = load_experiment("quickstart", ["federation.cohort_size=2"])
+    made = local(experiment, "email")
+    assert made.name == "quickstart-local-email"
+    assert {name for name, client in made.clients.items() if client.trains} == {"email"}
+    assert {name for name, client in made.clients.items() if client.evaluates} == {"email"}
+    assert made.clients["email"].rank == 8
+    assert (made.training.steps, made.federation.cohort_size) == (20, None)
+    long = experiment.model_copy(update={"name": "n" * 60})
+    assert local(long, "email").name == "n" * 60 + "-loc"
+
+
+def test_an_owner_the_federation_does_not_judge_is_not_judged_alone() -> None:
+    experiment = load_experiment("quickstart", ["clients.email.evaluates=false"])
+    assert not any(client.evaluates for client in local(experiment, "email").clients.values())
+
+
+def test_references_suffer_no_simulated_faults() -> None:
+    faults = ["simulation.dropout=0.5", "simulation.offline=0.5", "simulation.stragglers=0.5"]
+    cells = reference_cells("quickstart", faults, 7)
+    assert [cell.text for cell in cells] == [
+        "centralised seed=7",
+        "local asyncio seed=7",
+        "local email seed=7",
+        "local idlelib seed=7",
+        "local unittest seed=7",
+    ]
+    for cell in cells:
+        assert cell.experiment is not None
+        simulation = cell.experiment.simulation
+        assert (simulation.dropout, simulation.offline, simulation.stragglers) == (0, 0, 0)
+        assert cell.experiment.seed == 7
+    assert len({configuration_hash(cell.experiment) for cell in cells if cell.experiment}) == 5
+
+
+def test_references_of_an_impossible_experiment_keep_the_sentence() -> None:
+    cells = reference_cells("quickstart", ["training.steps=0"], 1)
+    assert [(cell.row, cell.experiment) for cell in cells] == [("centralised", None), ("local", None)]
+    assert "training.steps" in cells[0].problem
+
+
+@pytest.mark.parametrize("kind", ["natural", "iid", "dirichlet", "size"])
+def test_references_hold_exactly_the_federations_documents(tmp_path: Path, kind: Any) -> None:
+    lines = [json.dumps({"text": f"text {number}", "who": "abc"[number % 3]}) for number in range(30)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    source = TextSource(str(tmp_path / "all.jsonl"), Partition(kind=kind), "text", "who", 0.2)
+    table = load_experiment("quickstart").model_dump() | {"clients": {"a": {}, "b": {}, "c": {}}}
+    experiment = Experiment.parse(table)
+
+    def shares(made: Experiment, names: str = "abc") -> list[Any]:
+        key = clients_key(made.simulated_clients())
+        return [client_share(source, name, key, experiment.seed) for name in names]
+
+    wanted = shares(experiment)
+    assert shares(local(experiment, "b")) == wanted
+    pooled = centralised(experiment)
+    assert shares(pooled) == wanted
+    key = clients_key(pooled.simulated_clients())
+    together = client_share(source, "centralised", key, experiment.seed).train
+    assert sorted(d.text for d in together) == sorted(d.text for share in wanted for d in share.train)
+
+
+# Numbers of one run
+
+
+def _round(number: int, **values: Any) -> Round:
+    return Round("r", number, NOW, status="committed", **values)
+
+
+def test_outcome_of_a_run_by_hand() -> None:
+    rounds = [
+        _round(0, bytes_up=10, bytes_down=30, seconds=1.5),
+        _round(1, bytes_up=100, bytes_down=300, seconds=2.0, error=0.5),
+        _round(2, bytes_up=200, bytes_down=400, seconds=3.0, error=0.25),
+    ]
+    losses = [(0, 3.0, 4.0), (1, 1.0, 1.5), (2, 2.0, 2.5)]
+    metrics = [Metric("r", number, "held_out_loss", loss) for number, loss, _ in losses]
+    metrics += [Metric("r", number, "worst_client_loss", loss) for number, _, loss in losses]
+    metrics += [Metric("r", 2, "unseen_loss", 5.0), Metric("r", 2, "held_out_loss", 99.0, client="a")]
+    statuses = ("accepted", "received", "rejected", "failed", "late", "offline")
+    clients = [ClientRound("r", 1, f"c{number}", status) for number, status in enumerate(statuses)]  # type: ignore[arg-type]
+    made = outcome_of(7, "r", rounds, metrics, clients, sharing=4)
+    assert made.curve == (
+        Point(0, 3.0, 4.0, None, 10.0),
+        Point(1, 1.0, 1.5, None, 110.0),
+        Point(2, 2.0, 2.5, 5.0, 260.0),
+    )
+    assert made.measures == {
+        "held_out_loss": 2.0,
+        "best_loss": 1.0,
+        "change": -1.0,
+        "perplexity": math.exp(2.0),
+        "worst_client_loss": 2.5,
+        "unseen_loss": 5.0,
+        "seconds": 6.5,
+        "left_out": 4,
+        "bytes_up": 310,
+        "bytes_down": 730,
+        "bytes_up_per_client": 77.5,
+        "bytes_down_per_client": 182.5,
+        "error": 0.375,
+    }
+    assert set(made.measures) == set(MEASURES)
+
+
+def test_a_reference_has_no_bytes_and_no_error() -> None:
+    made = outcome_of(0, "r", [_round(0, bytes_up=1), _round(1, bytes_up=9, error=0.5)], [], [], sharing=None)
+    assert [point.nbytes for point in made.curve] == [None, None]
+    assert made.measures == {"seconds": 0.0, "left_out": 0}
+
+
+def test_rounds_that_were_not_evaluated_are_passed_over() -> None:
+    made = measures_of([Point(0, 3.0), Point(1), Point(2, 2.5), Point(3)])
+    assert made == {"held_out_loss": 2.5, "best_loss": 2.5, "change": -0.5, "perplexity": math.exp(2.5)}
+    assert measures_of([Point(0, 1000.0)])["perplexity"] == math.inf
+
+
+def test_owners_alone_are_put_together_by_their_examples() -> None:
+    one = Outcome(3, ("x",), (Point(0, 4.0, 4.0, 1.0), Point(1, 2.0, 2.0, 3.0)), {"seconds": 1.0, "left_out": 1})
+    two = Outcome(3, ("y",), (Point(0, 8.0, 8.0, 2.0), Point(1, 6.0, 6.0, 5.0)), {"seconds": 2.0, "left_out": 0})
+    unjudged = Outcome(3, ("z",), (Point(0, None, None, 3.0), Point(1, None, None, 7.0)), {"seconds": 4, "left_out": 0})
+    made = alone([(one, 3), (two, 1), (unjudged, 100)])
+    assert made.curve == (Point(0, 5.0, 8.0, 2.0), Point(1, 3.0, 6.0, 5.0))
+    assert made.runs == ("x", "y", "z")
+    assert made.seed == 3
+    assert made.measures["change"] == -2.0
+    assert (made.measures["seconds"], made.measures["left_out"]) == (7.0, 1)
+
+
+# Mean and spread over seeds
+
+
+def test_estimates_by_hand() -> None:
+    assert estimate([1.0, 2.0, 6.0]) == Estimate(3.0, math.sqrt(7.0), 3)
+    assert estimate([2.5]) == Estimate(2.5, None, 1)
+    broken = estimate([1.0, math.inf])
+    assert math.isnan(broken.mean)
+    assert (broken.sd, broken.n) == (None, 2)
+
+
+def _outcome(seed: int, losses: list[float], sent: float | None = 1e6, **measures: float) -> Outcome:
+    curve = [Point(i, loss, loss + 1, loss + 2, None if sent is None else sent * i) for i, loss in enumerate(losses)]
+    numbers = measures_of(curve) | {"seconds": 1800.0, "left_out": 0} | measures
+    return Outcome(seed, (f"run-{seed}",), tuple(curve), numbers)
+
+
+def test_rows_average_what_all_seeds_have() -> None:
+    row = Row("flora", {}, False, (_outcome(0, [4, 1], error=1.0), _outcome(1, [4, 3])))
+    assert row.measures["held_out_loss"] == Estimate(2.0, math.sqrt(2.0), 2)
+    assert "error" not in row.measures
+    curve = row.curve(lambda point: point.held_out)
+    assert [(point.round, point.loss, point.nbytes) for point in curve] == [
+        (0, Estimate(4.0, 0.0, 2), 0.0),
+        (1, Estimate(2.0, math.sqrt(2.0), 2), 1e6),
+    ]
+
+
+def test_a_curve_ends_with_its_shortest_run_and_skips_rounds_not_evaluated() -> None:
+    gap = Outcome(0, ("r",), (Point(0, 3.0), Point(1), Point(2, 1.0)), {})
+    row = Row("flora", {}, False, (gap, replace(gap, curve=gap.curve[:2])))
+    assert [point.round for point in row.curve(lambda point: point.held_out)] == [0]
+    assert [point.round for point in Row("flora", {}, False, (gap,)).curve(lambda point: point.held_out)] == [0, 2]
+
+
+def test_status_and_sentences_of_rows() -> None:
+    refused, failed = Trouble(1, "refused", "no"), Trouble(0, "failed", "broke")
+    assert Row("x", {}, False, (_outcome(0, [1]),)).status == "completed"
+    assert Row("x", {}, False, (_outcome(0, [1]),), (refused,)).status == "partial"
+    row = Row("x", {}, False, (), (failed, refused, replace(refused, seed=2)))
+    assert (row.status, row.sentences) == ("failed", ("broke", "no"))
+    assert row.measures == {}
+
+
+# What is written
+
+
+def _comparison() -> Comparison:
+    rows = (
+        Row("flora", {"strategy.name": "flora"}, False, (_outcome(0, [3, 1]), _outcome(1, [3, 2])), ()),
+        Row("fedavg", {"strategy.name": "fedavg"}, False, (), (Trouble(0, "refused", "ranks | differ"),)),
+        Row("ffa_lora", {"strategy.name": "ffa_lora"}, False, (_outcome(0, [3, 2]),), (Trouble(1, "failed", "lost"),)),
+        Row("local", {}, True, (_outcome(0, [3, math.inf], None), _outcome(1, [3, 2], None))),
+    )
+    machine = Machine("a processor", 2, None, "2.13")
+    return Comparison("lorafleet compare x", (0, 1), "abc", machine, Path("/home/of/runs"), rows)
+
+
+def test_json_holds_everything_and_no_infinity(tmp_path: Path) -> None:
+    write_report(_comparison(), tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    made = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=refuse)
+    assert made == _comparison().as_dict()
+    assert (made["command"], made["seeds"], made["fingerprint"]) == ("lorafleet compare x", [0, 1], "abc")
+    assert made["hours"] == 2.5
+    assert [row["status"] for row in made["rows"]] == ["completed", "refused", "partial", "completed"]
+    assert made["rows"][0]["measures"]["held_out_loss"] == {"mean": 1.5, "sd": math.sqrt(0.5), "n": 2}
+    assert made["rows"][0]["outcomes"][1]["curve"][1]["held_out"] == 2.0
+    assert made["rows"][1]["troubles"] == [{"seed": 0, "status": "refused", "sentence": "ranks | differ"}]
+    assert made["rows"][3]["measures"]["held_out_loss"] == {"mean": None, "sd": None, "n": 2}
+
+
+def test_csv_has_one_line_per_row(tmp_path: Path) -> None:
+    write_report(_comparison(), tmp_path)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))
+    assert [line["row"] for line in lines] == ["flora", "fedavg", "ffa_lora", "local"]
+    assert (lines[0]["held_out_loss_mean"], lines[0]["held_out_loss_sd"]) == ("1.5", str(math.sqrt(0.5)))
+    assert (lines[0]["strategy.name"], lines[0]["reference"], lines[0]["seeds"]) == ("flora", "false", "2")
+    assert (lines[1]["held_out_loss_mean"], lines[1]["sentence"]) == ("", "ranks | differ")
+    assert (lines[2]["held_out_loss_mean"], lines[2]["held_out_loss_sd"], lines[2]["seeds"]) == ("2.0", "", "1")
+    assert (lines[3]["reference"], lines[3]["held_out_loss_mean"]) == ("true", "")
+
+
+def test_markdown_is_a_table_with_what_repeats_it(tmp_path: Path) -> None:
+    write_report(_comparison(), tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    table = [line.replace("\\|", "!").split("|") for line in text.splitlines() if line.startswith("|")]
+    assert {len(cells) for cells in table} == {len(COLUMNS) + 4}  # a label, a note, and nothing at both ends
+    assert "| flora | 1.5000 ± 0.7071 |" in text
+    assert table[3][-2].strip() == "refused: ranks ! differ"
+    assert table[4][-2].strip() == "partial (1 of 2 seeds done): lost"
+    for line in ("    lorafleet compare x", "- seeds: 0, 1 ", "- code: abc", "a processor, 2 cores, torch 2.13", "2.5"):
+        assert line in text
+
+
+def test_the_terminals_table_fits_eighty_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_comparison().table())
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    first = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert first["flora"][1:4] == ["1.5000", "±", "0.7071"]
+    assert first["fedavg"][1] == "refused"
+    assert "fedavg: ranks | differ" in [line.strip() for line in lines]
+    assert "ffa_lora: lost" in [line.strip() for line in lines]
+
+
+def test_a_spread_that_does_not_show_is_left_out() -> None:
+    assert COLUMNS["bytes_up"].show(Estimate(2.5e6, 1.4, 2)) == "2.50"
+    assert COLUMNS["bytes_up"].show(Estimate(2.5e6, 1.4e5, 2)) == "2.50 ± 0.14"
+    assert COLUMNS["change"].show(Estimate(0.5, 0.25, 2)) == "+0.5000 ± 0.2500"
+    assert COLUMNS["error"].show(Estimate(0.0, 0.0, 2)) == "0"
+    assert COLUMNS["error"].show(None) == "–"
+
+
+# The plot
+
+
+@pytest.mark.parametrize("count", [1, len(PALETTE), len(PALETTE) + 1, 60])
+def test_every_row_has_a_colour_of_its_own(count: int) -> None:
+    rows = [Row(f"row {number}", {}, False, ()) for number in range(count)]
+    rows += [Row("centralised", {}, True, ()), Row("local", {}, True, ())]
+    colours = row_colours(rows)
+    assert list(colours) == [row.label for row in rows]
+    assert len(set(colours.values())) == count + 2
+
+
+def test_the_plot_shows_means_bands_and_dashed_references() -> None:
+    spec = plot(_comparison().rows[:3] + (Row("local", {}, True, (_outcome(0, [3, 2.5], None),)),)).to_dict()
+    rounds, sent = spec["hconcat"]
+    band, line = rounds["layer"]
+    scale = line["encoding"]["color"]["scale"]
+    assert scale["domain"] == ["flora", "ffa_lora", "local"]
+    assert len(set(scale["range"])) == 3
+    assert line["encoding"]["strokeDash"]["scale"]["range"] == [[1, 0], [1, 0], [6, 4]]
+    assert [(v["row"], v["x"], v["loss"]) for v in line["data"]["values"]] == [
+        ("flora", 0, 3.0),
+        ("flora", 1, 1.5),
+        ("ffa_lora", 0, 3.0),
+        ("ffa_lora", 1, 2.0),
+        ("local", 0, 3.0),
+        ("local", 1, 2.5),
+    ]
+    (spread,) = band["data"]["values"]
+    assert (spread["row"], spread["low"], spread["high"]) == ("flora", 1.5 - math.sqrt(0.5), 1.5 + math.sqrt(0.5))
+    assert [(v["row"], v["x"], v["loss"]) for v in sent["layer"][1]["data"]["values"]] == [
+        ("flora", 0.0, 3.0),
+        ("flora", 1.0, 1.5),
+        ("ffa_lora", 0.0, 3.0),
+        ("ffa_lora", 1.0, 2.0),
+        ("local", 0.0, 2.5),
+        ("local", 1.0, 2.5),
+    ]
+
+
+def test_without_held_out_losses_the_servers_are_drawn() -> None:
+    outcome = Outcome(0, ("r",), (Point(0, unseen=2.0, nbytes=0), Point(1, unseen=1.0, nbytes=5)), {"unseen_loss": 1.0})
+    spec = plot([Row("flora", {}, False, (outcome,))]).to_dict()
+    line = spec["hconcat"][0]["layer"][1]
+    assert line["encoding"]["y"]["title"] == "unseen loss"
+    assert [value["loss"] for value in line["data"]["values"]] == [2.0, 1.0]
+
+
+def test_a_plot_of_nothing_can_be_drawn(tmp_path: Path) -> None:
+    draw([Row("flora", {}, False, (), (Trouble(0, "failed", "broke"),))], tmp_path)
+    assert (tmp_path / "comparison.svg").read_text().startswith("<svg")
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Runs that are there already
+
+
+def _add_run(home: Path, run: str, experiment: Experiment, status: RunStatus, code: str | None = None) -> None:
+    with RunStore.open(home) as store:
+        store.create_run(
+            run,
+            name=experiment.name,
+            task=experiment.task.name,
+            strategy=experiment.strategy.name,
+            seed=experiment.seed,
+            experiment=experiment.model_dump_json(),
+            rounds_planned=experiment.federation.rounds,
+            fingerprint=code_fingerprint() if code is None else code,
+        )
+        store.set_status(run, status)
+
+
+def test_a_run_is_found_by_its_whole_configuration_and_code(tmp_path: Path) -> None:
+    experiment = load_experiment("quickstart", ["strategy.name=lora_lego", "strategy.options.n_init=2"])
+    _add_run(tmp_path, "failed", experiment, "failed")
+    _add_run(tmp_path, "other-code", experiment, "completed", code="0123")
+    other = load_experiment("quickstart", ["strategy.name=lora_lego", "strategy.options.n_init=3"])
+    _add_run(tmp_path, "other-options", other, "completed")
+    assert run_before(experiment, tmp_path) is None
+    _add_run(tmp_path, "begun", experiment, "running")
+    found = run_before(experiment, tmp_path)
+    assert found is not None
+    assert found.id == "begun"
+    _add_run(tmp_path, "done", experiment, "completed")
+    _add_run(tmp_path, "begun-again", experiment, "interrupted")
+    found = run_before(experiment, tmp_path)
+    assert found is not None
+    assert found.id == "done"
+
+
+def test_the_hash_is_of_the_configuration_not_of_its_order() -> None:
+    one = load_experiment("quickstart", ["strategy.options.global_rank=2", "strategy.options.global_energy=0.5"])
+    two = load_experiment("quickstart", ["strategy.options.global_energy=0.5", "strategy.options.global_rank=2"])
+    assert configuration_hash(one) == configuration_hash(two)
+    assert configuration_hash(Experiment.from_json(one.model_dump_json())) == configuration_hash(one)
+    assert configuration_hash(one) != configuration_hash(load_experiment("quickstart"))
+
+
+# A whole comparison over runs that are only written down
+
+
+class Simulator:
+    """Stands in for simulate: its losses follow from the experiment, its refusals from a strategy's name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        monkeypatch.setattr(compare_module, "simulate", self)
+        monkeypatch.setattr(compare_module, "held_out_examples", lambda experiment: {"asyncio": 3, "email": 1})
+
+    def __call__(self, experiment: Experiment, home: Path) -> Any:
+        self.names.append(experiment.name)
+        if experiment.strategy.name == "lora_lego":
+            raise ConfigurationError("lego is refused")
+        if experiment.strategy.name == "ffa_lora" and experiment.seed == 1:
+            raise RunError("seed 1 fails")
+        run = f"{experiment.name}-{len(self.names)}"
+        _add_run(home, run, experiment, "completed")
+        loss = {"quickstart-local-asyncio": 2.0, "quickstart-local-email": 6.0}.get(experiment.name, 1.0)
+        with RunStore.open(home) as store:
+            for number, value in enumerate([9.0, loss + experiment.seed]):
+                metric = Metric(run, number, "held_out_loss", value)
+                row = Round(run, number, NOW, status="committed", bytes_up=100 * number)
+                store.commit_round(row, metrics=[metric])
+        return load_run(run, home)
+
+
+SMALL = ["clients={asyncio = {rank = 4}, email = {rank = 8}}"]
+
+
+def test_a_comparison_averages_seeds_keeps_sentences_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = Simulator(monkeypatch)
+    vary = ["strategy.name=flora,ffa_lora,lora_lego", "seed=0,1"]
+    heard: list[str] = []
+    with listening(lambda step: heard.append(step.text)):
+        made = compare("quickstart", SMALL, vary, tmp_path / "out")
+    assert len(simulator.names) == 6 + 2 * 3
+    assert heard[0] == "cell 1 of 12: strategy.name=flora seed=0"
+    assert "cell 3 of 12: strategy.name=lora_lego seed=0 refused: lego is refused" in heard
+    assert heard[-1] == "cell 12 of 12: local email seed=1"
+    assert [(row.label, row.status, row.sentences) for row in made.rows] == [
+        ("flora", "completed", ()),
+        ("ffa_lora", "partial", ("seed 1 fails",)),
+        ("lora_lego", "refused", ("lego is refused",)),
+        ("centralised", "completed", ()),
+        ("local", "completed", ()),
+    ]
+    found = {row.label: row.measures for row in made.rows}
+    assert found["flora"]["held_out_loss"] == Estimate(1.5, math.sqrt(0.5), 2)
+    assert found["flora"]["bytes_up_per_client"].mean == 50
+    assert found["ffa_lora"]["held_out_loss"] == Estimate(1.0, None, 1)
+    assert found["local"]["held_out_loss"] == Estimate(3.5, math.sqrt(0.5), 2)  # (3 · 2 + 1 · 6) / 4, and 1 more
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "comparison.csv",
+        "comparison.json",
+        "comparison.md",
+        "comparison.png",
+        "comparison.svg",
+        "home",
+    }
+    simulator.names.clear()
+    again = compare("quickstart", SMALL, vary, tmp_path / "out")
+    assert simulator.names == ["quickstart"] * 3  # what was refused or failed is tried again
+    assert again.rows == made.rows
+
+
+def test_the_command_repeats_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Simulator(monkeypatch)
+    made = compare(
+        "quickstart", SMALL, ["strategy.name=flora"], tmp_path / "my out", home=tmp_path / "h", references=False
+    )
+    assert made.command == (
+        "lorafleet compare quickstart --set 'clients={asyncio = {rank = 4}, email = {rank = 8}}' "
+        f"--vary strategy.name=flora --out '{tmp_path}/my out' --home {tmp_path}/h --no-references"
+    )
+    assert [row.label for row in made.rows] == ["flora"]
+    assert made.home == tmp_path / "h"
+    assert not (tmp_path / "my out" / "home").exists()
+
+
+def test_an_owner_that_cannot_train_alone_leaves_the_row_without_that_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = Simulator(monkeypatch)
+
+    def broken(experiment: Experiment, home: Path) -> Any:
+        if experiment.name == "quickstart-local-email" and experiment.seed == 0:
+            raise RunError("nothing was trained")
+        return simulator(experiment, home)
+
+    monkeypatch.setattr(compare_module, "simulate", broken)
+    made = compare("quickstart", SMALL, ["seed=0,1"], tmp_path)
+    assert [outcome.seed for outcome in made.rows[-1].outcomes] == [1]
+    assert made.rows[-1].sentences == ("email: nothing was trained",)
+
+
+def test_a_comparison_of_which_nothing_can_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator = Simulator(monkeypatch)
+    with pytest.raises(ConfigurationError, match="unknown key 'steeps'"):
+        compare("quickstart", [], ["training.steeps=1,2"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigurationError, match="^lego is refused$"):
+        compare("quickstart", [], ["strategy.name=lora_lego", "seed=0,1"], tmp_path / "out")
+    assert simulator.names == ["quickstart", "quickstart"]  # no reference is run for it
+
+
+def test_a_folder_that_cannot_be_made_is_found_out_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator = Simulator(monkeypatch)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="choose another one with --out"):
+        compare("quickstart", [], [], tmp_path / "file" / "out")
+    assert simulator.names == []
+
+
+def test_a_cell_names_itself_by_what_is_varied() -> None:
+    assert Cell("flora", 2).text == "flora seed=2"
+    assert Cell("local", 2, owner="email").text == "local email seed=2"
+    assert federation("quickstart", [], 3).seed == 3
