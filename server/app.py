@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import ConfigurationError, LoRAFleetError
+from common.errors import LoRAFleetError
 from common.experiment import Experiment
 from common.experiment_file import carried_experiment
-from common.federation import ModelSpec, ServerState
 from common.fingerprint import code_fingerprint
 from common.home import default_home
 from common.store import Run, RunLock, RunStore
 from common.workspace import method_of, model_spec
 from server.federation import Federation
+from server.initial import initial_state
 from server.journal import StoreJournal
 from server.nodes import Nodes
 from server.plan import make_plan
 from server.progress import announce
 from server.rounds import run_rounds
-from strategies import AggregationStrategy, aggregation_strategy
+from strategies import aggregation_strategy
 
 app = ServerApp()
 
@@ -99,24 +98,3 @@ def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
     journal.publish(state)
     store.set_status(run.id, "completed")
     announce("run_finished", f"run {run.id} completed", state.round)
-
-
-def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec) -> ServerState:
-    """Build the state before round 1; an adapter to start from becomes the global adapter.
-
-    Raises
-    ------
-    ConfigurationError
-        If that adapter does not fit the base model.
-    """
-    state = strategy.init(spec)
-    given = method_of(experiment).initial()
-    if given is None:
-        return state
-    for name, update in given.layers.items():
-        if spec.layers.get(name) != update.shape:
-            raise ConfigurationError(
-                f"the adapter to start from has layer {name} of shape {update.shape}; the model has "
-                f"{spec.layers.get(name, 'no such target layer')}"
-            )
-    return replace(state, global_adapter=given)

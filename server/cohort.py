@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from common.experiment import ClientSettings, Experiment
 from common.seeds import chance, derive_seed
@@ -36,15 +36,29 @@ def training_cohort(
     online : iterable of str
         Names of the nodes that answer.
     """
-    federation, simulation = experiment.federation, experiment.simulation
+    federation = experiment.federation
     here = [
-        name
-        for name in sorted(online)
-        if clients.get(name, DEFAULTS).trains
-        and not chance(simulation.offline, experiment.seed, "offline", number, name)
+        name for name in sorted(online) if clients.get(name, DEFAULTS).trains and not _is_away(experiment, number, name)
     ]
     count = federation.cohort_size or max(1, round(federation.cohort_fraction * len(here)))
     return choose(here, count, experiment.seed, "cohort", number)
+
+
+def absent(
+    experiment: Experiment, clients: Mapping[str, ClientSettings], number: int, online: Container[str]
+) -> dict[str, str]:
+    """Tell of each client that should train, but is not there in a round, why."""
+    found = {}
+    for name, settings in clients.items():
+        if settings.trains and name not in online:
+            found[name] = "its node is not connected"
+        elif settings.trains and _is_away(experiment, number, name):
+            found[name] = "offline in this round (simulation.offline)"
+    return found
+
+
+def _is_away(experiment: Experiment, number: int, name: str) -> bool:
+    return chance(experiment.simulation.offline, experiment.seed, "offline", number, name)
 
 
 def evaluation_cohort(

@@ -40,7 +40,7 @@ def evaluation_phase(
     book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
     orders = [book.evaluate(record.number, name, online[name]) for name in names]
     record.bytes_down += sum(message_bytes(order.message.content) for order in orders)
-    judged = Judgements(record)
+    judged = Judgements(record, federation.experiment.federation.max_num_examples)
 
     def work_here() -> None:
         meanwhile()
@@ -58,6 +58,7 @@ class Judgements:
     """The clients' evaluations of one round as they come in."""
 
     record: RoundRecord
+    max_num_examples: int
     answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
 
     def take(self, order: Order, message: Message) -> None:
@@ -67,8 +68,10 @@ class Judgements:
             answer, _ = read_message(message.content, EvaluateAnswer)
             if answer.client != order.client or answer.round != self.record.number:
                 raise ClientError("it answers another order")
-            if not math.isfinite(answer.metrics.get("loss", math.nan)):
-                raise ClientError("its loss is not a finite number")
+            if not 0 < answer.num_examples <= self.max_num_examples:
+                raise ClientError(f"it claims {answer.num_examples} examples, at most {self.max_num_examples} count")
+            if not all(math.isfinite(answer.metrics.get(name, math.nan)) for name in {"loss", *answer.metrics}):
+                raise ClientError("its loss is missing, or a metric is not a finite number")
         except ClientError as error:
             self.leave_out(order, "rejected", str(error))
             return

@@ -9,12 +9,18 @@ from collections.abc import Callable, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from common.flower import abandon_messages, error_name, wait_for_replies
+from common.flower import ErrorCode, abandon_messages, error_name, wait_for_replies
 from server.orders import Order
 
 Answered = Callable[[Order, Message], None]
 Failed = Callable[[Order, str, str], None]
 
+# A message's time to live is the deadline: whichever clock ends first, the client is late.
+_FATES = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "late",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "late",
+    ErrorCode.NODE_UNAVAILABLE: "offline",
+}
 _RAISED = re.compile(r"<class '(?P<kind>[\w.]+)'>:<'(?P<text>.*)'>", re.DOTALL)
 
 
@@ -39,7 +45,7 @@ def exchange(
     answered : callable
         Gets the order and the reply's message.
     failed : callable
-        Gets the order, ``failed`` or ``late``, and the reason.
+        Gets the order, ``failed``, ``late`` or ``offline``, and the reason.
     meanwhile : callable, optional
         Work for this process while the clients are busy.
     """
@@ -48,16 +54,22 @@ def exchange(
     end = time.monotonic() + deadline_s
     if meanwhile is not None:
         meanwhile()
-    while waiting and (left := end - time.monotonic()) > 0:
-        for reply in wait_for_replies(grid, list(waiting), left):
+    late = f"no answer within the deadline of {deadline_s:g} s"
+    left = deadline_s
+    while waiting and left > 0:
+        # What arrived during ``meanwhile`` was in time: there is one look, even when the deadline is over by now.
+        left = end - time.monotonic()
+        for reply in wait_for_replies(grid, list(waiting), max(left, 0.0)):
             order = waiting.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                failed(order, "failed", readable(reply.error.code, reply.error.reason))
-            else:
+            if not reply.has_error():
                 answered(order, reply)
+            elif (status := _FATES.get(reply.error.code, "failed")) == "late":
+                failed(order, status, late)
+            else:
+                failed(order, status, readable(reply.error.code, reply.error.reason))
     abandon_messages(grid, list(waiting))
     for order in waiting.values():
-        failed(order, "late", f"no answer within the deadline of {deadline_s:g} s")
+        failed(order, "late", late)
 
 
 def readable(code: int, reason: str | None) -> str:

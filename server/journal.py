@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from common.adapter_file import adapter_bytes, read_state, state_bytes, whole_adapter
 from common.errors import CorruptArtefact
 from common.federation import ModelSpec, ServerState
-from common.messages import TrainAnswer
+from common.messages import TrainAnswer, read_header
 from common.parcel_file import parcel_bytes, read_parcel
 from common.store import Artefact, ClientRound, Event, Metric, Round, Run, RunStore, verify, write_artefact
 from common.wire import Parcel
@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RoundRecord:
-    """All that is known of a round when it is committed."""
+    """All that is known of a round when it is committed; ``repeated``: a resumed run tries this failed round again."""
 
     number: int
     cohort: tuple[str, ...]
     base_version: int
     started_at: datetime
+    attempt: int = 1
     status: str = "committed"
     reason: str | None = None
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class RoundRecord:
     error: float | None = None
     exact: bool = False
     samples: str | None = None
+    repeated: bool = False
 
     def measure(self, name: str, value: float, client: str = "", layer: str = "") -> None:
         """Add a number, of the whole federation unless a client or layer is named."""
@@ -55,10 +57,17 @@ class RoundRecord:
         )
 
 
+class Begun(NamedTuple):
+    """A round that may go on: the cohort it had, and how often it was begun, from 1."""
+
+    cohort: tuple[str, ...]
+    attempt: int
+
+
 class Journal(Protocol):
     """What the round loop needs to remember."""
 
-    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> tuple[str, ...]:
+    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> Begun:
         """Begin a round; a resumed one gets the cohort it had."""
         ...
 
@@ -87,9 +96,12 @@ class StoreJournal:
     run: str
     keep_replies: bool = False
 
-    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> tuple[str, ...]:
+    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> Begun:
         """Begin a round; a resumed one gets the cohort it had."""
-        return self.store.begin_round(self.run, number, cohort, base_version).cohort
+        known = self.store.round(self.run, number) is not None
+        earlier = [event for event in self.store.events(self.run) if _begins(event, number)] if known else []
+        row = self.store.begin_round(self.run, number, cohort, base_version)
+        return Begun(row.cohort, len(earlier) + 1)
 
     def kept(self, number: int) -> dict[str, tuple[TrainAnswer, Parcel]]:
         """Return the replies of an interrupted round; damaged ones are left out, their clients are asked again."""
@@ -126,13 +138,17 @@ class StoreJournal:
     def reply(self, number: int, client: str) -> tuple[TrainAnswer, Parcel]:
         """Read a kept reply again."""
         parcel, header, _ = read_parcel(self._folder / self._reply_name(number, client))
-        return TrainAnswer.model_validate_json(header), parcel
+        return read_header(TrainAnswer, header), parcel
 
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
         """Write state and samples, then everything else in one transaction."""
-        number, artefacts = record.number, []
-        file = write_artefact(self._folder, f"rounds/{number:04d}/state.safetensors", state_bytes(state))
-        artefacts.append(Artefact(self.run, number, "state", file.path, file.sha256, file.nbytes))
+        number = record.number
+        artefacts = self._kept_replies(record) if self.keep_replies else []
+        place = self._state_before(number)
+        if record.status == "committed":
+            file = write_artefact(self._folder, f"rounds/{number:04d}/state.safetensors", state_bytes(state))
+            artefacts.append(Artefact(self.run, number, "state", file.path, file.sha256, file.nbytes))
+            place = (file.path, file.sha256)
         if record.samples is not None:
             made = write_artefact(self._folder, f"rounds/{number:04d}/samples.json", record.samples.encode())
             artefacts.append(Artefact(self.run, number, "samples", made.path, made.sha256, made.nbytes))
@@ -151,10 +167,10 @@ class StoreJournal:
             phases=record.phases,
             error=record.error,
             exact=record.exact,
-            state_path=artefacts[0].path,
-            state_sha256=file.sha256,
+            state_path=place[0],
+            state_sha256=place[1],
         )
-        changes: dict[str, Any] = {"rounds_done": number}
+        changes: dict[str, Any] = {"rounds_done": number - record.repeated}
         if best:
             changes |= {"best_round": number, "best_metric": best_metric(record)}
         self.store.commit_round(
@@ -165,6 +181,26 @@ class StoreJournal:
             [Event(self.run, record.status, _sentence(record), now, number)],
             **changes,
         )
+        self._forget_replies(number)
+
+    def _kept_replies(self, record: RoundRecord) -> list[Artefact]:
+        """Name the files of accepted replies in their clients' rows, and return them."""
+        found = []
+        for row in self.store.client_rounds(self.run, record.number):
+            values = record.clients.get(row.client, {})
+            if values.get("status") != "accepted" or row.artefact_path is None or row.artefact_sha256 is None:
+                continue
+            values |= {"artefact_path": row.artefact_path, "artefact_sha256": row.artefact_sha256}
+            nbytes = self.store.artefact_file(self.run, row.artefact_path).stat().st_size
+            found.append(Artefact(self.run, record.number, "reply", row.artefact_path, row.artefact_sha256, nbytes))
+        return found
+
+    def _state_before(self, number: int) -> tuple[str | None, str | None]:
+        """Return path and hash of the state a round began with: a failed round changes nothing, and has no other."""
+        before = self.store.round(self.run, number - 1)
+        return (before.state_path, before.state_sha256) if before else (None, None)
+
+    def _forget_replies(self, number: int) -> None:
         if not self.keep_replies:
             shutil.rmtree(self._folder / f"rounds/{number:04d}/replies", ignore_errors=True)
 
@@ -174,20 +210,23 @@ class StoreJournal:
         Raises
         ------
         CorruptArtefact
-            If that state is damaged; the message offers the round before.
+            If that state is damaged; the message offers an earlier round.
         """
         ended = [row for row in self.store.rounds(self.run) if row.status != "running"]
         if not ended:
             return None
         last = ended[-1]
+        if last.status == "committed":
+            self._forget_replies(last.round)  # a kill right after the commit leaves them
         assert last.state_path is not None and last.state_sha256 is not None
         path = self.store.artefact_file(self.run, last.state_path)
         try:
             verify(path, last.state_sha256)
             return read_state(path, spec)
         except CorruptArtefact as error:
-            offer = f"; go on from the round before: lorafleet resume {self.run} --from-round {last.round - 1}"
-            raise CorruptArtefact(f"{error}{offer if last.round > 0 else ''}") from None
+            whole = [row.round for row in ended if row.state_path != last.state_path]
+            offer = f"; go on from an earlier round: lorafleet resume {self.run} --from-round {max(whole, default=0)}"
+            raise CorruptArtefact(f"{error}{offer if whole else ''}") from None
 
     def publish(self, state: ServerState) -> None:
         """Write the run's adapter: global and start adapter in one."""
@@ -202,6 +241,10 @@ class StoreJournal:
     @staticmethod
     def _reply_name(number: int, client: str) -> str:
         return f"rounds/{number:04d}/replies/{client}.safetensors"
+
+
+def _begins(event: Event, number: int) -> bool:
+    return event.kind == "round_started" and event.round == number
 
 
 def best_metric(record: RoundRecord) -> float | None:

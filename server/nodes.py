@@ -14,6 +14,7 @@ from common.fingerprint import code_fingerprint
 from common.flower import wait_for_replies
 from common.messages import Presence, Query
 from common.wire import read_message, write_message
+from server.exchange import readable
 from server.progress import announce
 
 LOOK_EVERY_S = 0.5
@@ -35,12 +36,12 @@ class Nodes:
     grid: Grid
     run: str
     presences: dict[int, Presence] = field(default_factory=dict)
-    silent: set[int] = field(default_factory=set)
+    silent: dict[int, str] = field(default_factory=dict)
 
     def online(self) -> dict[str, int]:
         """Return node ids by client name, asking nodes that are new."""
         ids = set(self.grid.get_node_ids())
-        self._ask(ids - set(self.presences) - self.silent)
+        self._ask(ids - set(self.presences) - set(self.silent))
         found: dict[str, int] = {}
         for node in sorted(ids & set(self.presences)):
             found.setdefault(self.presences[node].client, node)
@@ -62,16 +63,20 @@ class Nodes:
         while True:
             online = self.online()
             ready = len(online) >= at_least and set(wanted) <= set(online)
-            refused = len(self.silent) >= max(len(wanted), 1)
+            refused = len(online) + len(self.silent) >= max(len(wanted), 1)
             if ready or refused or time.monotonic() >= end:
                 break
             time.sleep(LOOK_EVERY_S)
         if len(online) < at_least:
             raise RunError(
-                f"{len(online)} clients joined ({len(self.silent)} could not), at least {at_least} are needed; "
-                "start more nodes or raise federation.join_timeout_s"
+                f"{len(online)} clients joined, at least {at_least} are needed; "
+                + (self._refusals() or "start more nodes or raise federation.join_timeout_s")
             )
         return online
+
+    def _refusals(self) -> str:
+        reasons = sorted(set(self.silent.values()))
+        return f"{len(self.silent)} could not: {'; '.join(reasons[:3])}" if reasons else ""
 
     def _ask(self, new: set[int]) -> None:
         if not new:
@@ -90,8 +95,8 @@ class Nodes:
         node = asked[reply.metadata.reply_to_message_id]
         try:
             if reply.has_error():
-                raise ClientError(reply.error.reason)
+                raise ClientError(readable(reply.error.code, reply.error.reason))
             self.presences[node], _ = read_message(reply.content, Presence)
         except ClientError as error:
-            self.silent.add(node)
+            self.silent[node] = str(error)
             announce("notice", f"node {node} cannot take part: {error}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, MessageType
 
 from common.adapter import Adapter
+from common.errors import ClientError, RunError
 from common.experiment import Experiment
 from common.federation import ClientInfo, Dispatch, ServerState
 from common.fingerprint import code_fingerprint
@@ -98,5 +99,11 @@ class OrderBook:
         # The adapter is kept beside its parcel, so that its id is not given to another one meanwhile.
         key = (id(adapter), whole)
         if key not in self._sealed:
-            self._sealed[key] = (adapter, seal(adapter, self.experiment.federation.wire, whole, hashed))
+            self._sealed[key] = (adapter, self._encoded(adapter, whole, hashed))
         return self._sealed[key][1]
+
+    def _encoded(self, adapter: Adapter, whole: bool, hashed: bool) -> Parcel:
+        try:
+            return seal(adapter, self.experiment.federation.wire, whole, hashed)
+        except ClientError as error:
+            raise RunError(f"the merged adapter cannot be sent: {error}") from None

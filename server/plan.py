@@ -10,6 +10,7 @@ from common.experiment import Experiment
 from common.federation import ModelSpec
 from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
+from server.initial import initial_state
 from strategies import AggregationStrategy, aggregation_strategy
 
 BYTES = {"fp32": 4, "fp16": 2}
@@ -78,6 +79,7 @@ def make_plan(experiment: Experiment) -> Plan:
     if refusals := strategy.refusals(training):
         raise ConfigurationError(refusals)
     spec = model_spec(experiment)
+    initial_state(experiment, strategy, spec)
     notices = task.check_data(clients_key(clients), experiment.seed)
     return _planned(experiment, strategy, spec, ranks, [*notices, *_clamped(spec, ranks)])
 

@@ -6,6 +6,7 @@ committed, with the replies it had received.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from common.errors import RunError
 from common.federation import ServerState
 from common.workspace import cpu_threads
 from server.certificate import write_certificate
-from server.cohort import training_cohort
+from server.cohort import absent, training_cohort
 from server.evaluation import evaluation_phase, is_evaluated
 from server.federation import Federation
 from server.journal import RoundRecord, best_metric
@@ -53,17 +54,18 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
     settings = federation.experiment.federation
     federation.nodes.wait_for(federation.clients, settings.cohort_size or 1, settings.join_timeout_s)
     for number in range(first, settings.rounds + 1):
+        if settings.patience is not None and waited >= settings.patience:
+            announce("notice", f"stopped: {waited} rounds without a better loss (federation.patience)", number - 1)
+            break
         record, state = run_round(federation, state, number)
         loss = best_metric(record)
         improved = loss is not None and (best is None or loss < best)
         best, waited = (loss, 0) if improved else (best, waited + (number > 0))
+        record.repeated = record.status == "failed" and settings.on_failure == "stop"
         federation.journal.commit(record, state, improved)
         _announce_end(record, federation)
-        if record.status == "failed" and settings.on_failure == "stop":
+        if record.repeated:
             raise RunError(f"round {number} failed: {record.reason}; mend it and resume the run")
-        if settings.patience is not None and waited >= settings.patience:
-            announce("notice", f"stopped: {waited} rounds without a better loss (federation.patience)", number)
-            break
     if state.round == 0:
         raise RunError("no round brought a valid reply, so nothing was trained; see the reasons above")
     return state
@@ -73,12 +75,14 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
     """Run one round up to its commit."""
     online = federation.nodes.online()
     cohort = training_cohort(federation.experiment, federation.clients, number, online) if number else []
-    cohort = list(federation.journal.begin(number, cohort, state.base_version))
-    record = RoundRecord(number, tuple(cohort), state.base_version, datetime.now(UTC))
+    begun = federation.journal.begin(number, cohort, state.base_version)
+    record = RoundRecord(number, begun.cohort, state.base_version, datetime.now(UTC), begun.attempt)
     total = federation.experiment.federation.rounds
-    announce("round_started", f"round {number} of {total}", number, clients=cohort, rounds=total)
+    announce("round_started", f"round {number} of {total}", number, clients=list(begun.cohort), rounds=total)
     collection = None
     if number:
+        away = absent(federation.experiment, federation.clients, number, online)
+        record.clients = {name: {"status": "offline", "reason": reason} for name, reason in away.items()}
         with _timed(record, "train"):
             collection = training_phase(federation, state, record, online)
         with _timed(record, "aggregate"):
@@ -99,7 +103,8 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
 def _merged(federation: Federation, state: ServerState, collection: Collection) -> ServerState:
     """Merge what was collected if the quorum holds; otherwise the round has failed and changes nothing."""
     record = collection.record
-    needed = max(1, round(federation.experiment.federation.min_completion * len(record.cohort)))
+    # 0.3 × 10 is a little above 3
+    needed = max(1, math.ceil(federation.experiment.federation.min_completion * len(record.cohort) - 1e-9))
     if len(collection.accepted) < needed:
         record.status = "failed"
         record.reason = f"{len(collection.accepted)} valid replies of {len(record.cohort)}, {needed} needed"
@@ -116,7 +121,8 @@ def _merged(federation: Federation, state: ServerState, collection: Collection) 
 
 def _mean_train_loss(collection: Collection) -> None:
     record, weights = collection.record, collection.weights
-    losses = {client: value for name, value, client, _ in record.metrics if name == "train_loss" and client}
+    told = {client: value for name, value, client, _ in record.metrics if name == "train_loss"}
+    losses = {client: told[client] for client in collection.accepted if client in told}
     if losses:
         total = sum(weights[client] for client in losses)
         record.measure("train_loss", sum(weights[client] * loss for client, loss in losses.items()) / total)

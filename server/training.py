@@ -12,10 +12,10 @@ from typing import Any
 
 from flwr.app import Message
 
-from common.errors import LoRAFleetError
+from common.errors import ClientError
 from common.federation import ClientUpdate, ServerState
 from common.messages import TrainAnswer, TrainOrder
-from common.wire import Parcel, message_bytes, read_message
+from common.wire import Parcel, message_bytes, read_message, write_message
 from server.exchange import exchange
 from server.federation import Federation
 from server.journal import RoundRecord
@@ -62,7 +62,7 @@ class Collection:
             answer, parcels = read_message(message.content, TrainAnswer)
             update = self._screened(order, answer, parcels)
             self.federation.journal.keep(self.record.number, answer, parcels["update"], order.dispatch.rank)
-        except LoRAFleetError as error:
+        except ClientError as error:
             self.leave_out(order, "rejected", str(error), size)
             return
         self._accept(order, update, answer, size)
@@ -71,11 +71,13 @@ class Collection:
         """Take a reply kept before the run was interrupted; False if it does not fit this order."""
         try:
             update = self._screened(order, answer, {"update": parcel})
-        except LoRAFleetError as error:
+        except ClientError as error:
             announce("notice", f"{order.client}'s kept reply is not used: {error}", self.record.number)
             return False
-        self.record.bytes_up += parcel.nbytes
-        self._accept(order, update, answer, parcel.nbytes)
+        size = message_bytes(write_message(answer, {"update": parcel}))
+        self.record.bytes_up += size
+        self.record.bytes_down += message_bytes(order.message.content)
+        self._accept(order, update, answer, size)
         return True
 
     def leave_out(self, order: Order, status: str, reason: str, size: int = 0) -> None:
@@ -85,7 +87,7 @@ class Collection:
             "reason": reason,
             "rank": order.dispatch.rank,
             "bytes_up": size,
-            "bytes_down": message_bytes(order.message.content),
+            "bytes_down": 0 if status == "offline" else message_bytes(order.message.content),
         }
         announce(
             "left_out",
@@ -138,8 +140,8 @@ class Collection:
         try:
             self.accumulated = self.federation.strategy.add(self.accumulated, update)
             self.accepted.append(name)
-        except LoRAFleetError as error:
-            self.leave_out(self.orders[name], "rejected", str(error))
+        except ClientError as error:
+            self.leave_out(self.orders[name], "rejected", str(error), self.record.clients[name]["bytes_up"])
 
 
 def training_phase(
@@ -148,9 +150,9 @@ def training_phase(
     """Let the cohort train and collect what it gives."""
     kept = federation.journal.kept(record.number)
     book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
-    attempt = 2 if kept else 1
     orders = {
-        name: book.train(record.number, attempt, federation.client(name), online.get(name, 0)) for name in record.cohort
+        name: book.train(record.number, record.attempt, federation.client(name), online.get(name, 0))
+        for name in record.cohort
     }
     collection = Collection(federation, state, record, orders)
     used = {name for name in sorted(set(kept) & set(orders)) if collection.take_kept(orders[name], *kept[name])}

@@ -25,7 +25,8 @@ from simulations.comparison_plot import draw
 from simulations.comparison_references import federation, held_out_examples, reference_cells
 from simulations.comparison_report import Comparison, this_machine, write_report
 from simulations.comparison_rows import Outcome, Row, Trouble, alone, outcome_of
-from simulations.run import resume, simulate, with_absolute_paths
+from simulations.places import with_fixed_places
+from simulations.run import resume, simulate
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,17 @@ def compare(
     results += [
         _result(cell, place, f"cell {n} of {total}: {cell.text}") for n, cell in enumerate(extra, len(cells) + 1)
     ]
+
+    def examples(seed: int) -> dict[str, int]:
+        return held_out_examples(with_fixed_places(federation(source, overrides, seed), place))
+
     comparison = Comparison(
         command=_command(source, overrides, vary, out, home, references),
         seeds=tuple(seeds),
         fingerprint=code_fingerprint(),
         machine=this_machine(),
         home=place.absolute(),
-        rows=_rows(results, lambda seed: held_out_examples(federation(source, overrides, seed))),
+        rows=_rows(results, examples),
     )
     write_report(comparison, out)
     draw(comparison.rows, out)
@@ -135,7 +140,7 @@ def _result(cell: Cell, home: Path, line: str) -> Result:
         if cell.experiment is None:
             raise ConfigurationError(cell.problem)
         announce("notice", line)
-        experiment = with_absolute_paths(cell.experiment)
+        experiment = with_fixed_places(cell.experiment, home)
         run = _run(experiment, home)
     except (UserError, RunError) as error:
         trouble = Trouble(cell.seed, "refused" if isinstance(error, UserError) else "failed", str(error))

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from simulations.comparison_rows import CurvePoint, Point, Row
+from simulations.comparison_rows import CurvePoint, Point, Row, has_losses
 
 # Okabe and Ito's colours (without yellow, which is too light for a line), then Paul Tol's "muted" ones: both are
 # told apart with any colour vision. References are grey and black.
@@ -35,10 +35,15 @@ WIDTH, HEIGHT, TICKS = 360, 300, 10
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Write ``comparison.svg`` and ``comparison.png``."""
+    """Write ``comparison.svg`` and ``comparison.png``; where no loss was measured there are none."""
+    files = [folder / "comparison.svg", folder / "comparison.png"]
+    if not has_losses(rows):
+        for file in files:
+            file.unlink(missing_ok=True)
+        return
     chart = plot(rows)
-    chart.save(str(folder / "comparison.svg"))
-    chart.save(str(folder / "comparison.png"), scale_factor=2)
+    for file in files:
+        chart.save(str(file), scale_factor=2)
 
 
 def plot(rows: Sequence[Row]) -> alt.HConcatChart:
@@ -57,7 +62,7 @@ def plot(rows: Sequence[Row]) -> alt.HConcatChart:
     }
     y = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
     curves = {row.label: row.curve(loss) for row in rows}
-    last = max((point.round for curve in curves.values() for point in curve), default=1)
+    last = max((point.round for curve in curves.values() for point in curve), default=0)
     whole = alt.Axis(values=list(range(0, last + 1, max(1, math.ceil(last / TICKS)))), format="d")
     rounds = _panel(list(_over_rounds(rows, curves)), alt.X("x:Q", title="round", axis=whole), y, look)
     sent = _panel(list(_over_bytes(rows, curves)), alt.X("x:Q", title="megabytes per client, up and down"), y, look)

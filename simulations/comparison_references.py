@@ -16,7 +16,6 @@ from common.tasks import clients_key
 from common.workspace import method_of, task_of
 from server.cohort import evaluation_cohort, training_cohort
 from simulations.comparison_cells import SEED, Cell
-from simulations.run import with_absolute_paths
 
 CENTRALISED, LOCAL = "centralised", "local"
 
@@ -41,7 +40,7 @@ def federation(source: str, overrides: Sequence[str], seed: int) -> Experiment:
     """Build the experiment the references belong to, without simulated faults: a lone client cannot be spared."""
     experiment = load_experiment(source, [*overrides, f"{SEED}={seed}"])
     simulation = experiment.simulation.model_copy(update={"dropout": 0.0, "offline": 0.0, "stragglers": 0.0})
-    return with_absolute_paths(experiment.model_copy(update={"simulation": simulation}))
+    return experiment.model_copy(update={"simulation": simulation})
 
 
 def centralised(experiment: Experiment) -> Experiment:

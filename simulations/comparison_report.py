@@ -20,7 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simulations.comparison_rows import MEASURES, Estimate, Row
+from simulations.comparison_rows import MEASURES, Estimate, Row, has_losses
 
 MISSING = "–"
 
@@ -181,6 +181,7 @@ def _cpu() -> str:
 def _markdown(comparison: Comparison) -> str:
     machine = comparison.machine
     gpu = f", {machine.gpu}" if machine.gpu else ""
+    picture = ["", "![Loss against rounds and against megabytes per client](comparison.svg)"]
     return "\n".join(
         [
             "# Comparison",
@@ -195,8 +196,7 @@ def _markdown(comparison: Comparison) -> str:
             f"- code: {comparison.fingerprint}",
             f"- machine: {machine.cpu}, {machine.cores} cores{gpu}, torch {machine.torch}",
             f"- hours of runs: {comparison.hours:.2g}",
-            "",
-            "![Loss against rounds and against megabytes per client](comparison.svg)",
+            *(picture if has_losses(comparison.rows) else []),
             "",
         ]
     )

@@ -159,6 +159,11 @@ class Row:
         return found
 
 
+def has_losses(rows: Iterable[Row]) -> bool:
+    """Tell whether there is anything to draw."""
+    return any(name in row.measures for row in rows for name in ("held_out_loss", "unseen_loss"))
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Return mean and sample standard deviation; NaN as soon as a value is not finite."""
     count = len(values)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
+from simulations.settings_help import toml_value
 from simulations.terminal import (
     LISTED_CLIENTS,
     Summary,
@@ -31,7 +33,7 @@ def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> Renderabl
     """Show a list of runs, newest first."""
     if not runs:
         return "no runs here yet; begin with: lorafleet simulate quickstart"
-    table = numbers_table("run", "status", "strategy", ">rounds", ">best loss", ">begun")
+    table = numbers_table("run", "status", "strategy", ">rounds", ">best", ">age")
     table.columns[0].overflow = "fold"
     for run in runs:
         age = (now or datetime.now(UTC)) - datetime.fromisoformat(run["created_at"])
@@ -41,7 +43,7 @@ def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> Renderabl
             escape(run["strategy"]),
             f"{run['rounds_done']}/{run['rounds_planned']}",
             number(run["best_metric"]),
-            _ago(age.total_seconds()),
+            _age(age.total_seconds()),
         )
     return table
 
@@ -57,27 +59,28 @@ def run_view(summary: Summary) -> RenderableType:
         "adapter": escape(summary["adapter"] or "none yet"),
     }
     head = Table.grid(padding=(0, 2))
+    head.add_column()
+    head.add_column(overflow="fold")
     for key, value in facts.items():
         head.add_row(f"[dim]{key}[/]", value)
     parts: list[RenderableType] = [head, "", rounds_table(summary)]
     if summary["clients"]:
         parts += ["", _clients_table(summary)]
-    return Group(*parts, "", *troubles(summary))
+    if lines := list(troubles(summary)):
+        parts += ["", *lines]
+    return Group(*parts)
 
 
 def plugins_view(title: str, plugins: Sequence[ListedPlugin]) -> RenderableType:
     """Show one family of plug-ins with their options."""
     parts: list[RenderableType] = [f"[bold]{title}[/]"]
     for plugin in plugins:
-        source = "" if plugin.source == "built-in" else f"  [dim]{escape(plugin.source)}[/]"
-        if plugin.error:
-            parts += [f"  [red]{escape(plugin.name)}[/]{source}", f"    [red]{escape(plugin.error)}[/]"]
-            continue
-        parts.append(f"  [cyan]{escape(plugin.name)}[/]  {escape(plugin.summary)}{source}")
-        if able := _capabilities(plugin.capabilities or {}):
-            parts.append(f"    [dim]{able}[/]")
-        if plugin.options:
-            parts.append(_options_table(plugin))
+        source = "" if plugin.source == "built-in" else f" [dim]{escape(plugin.source)}[/]"
+        style, words = ("red", plugin.error) if plugin.error else ("cyan", plugin.summary)
+        able = _capabilities(plugin.capabilities or {})
+        lines = [f"[{style}]{escape(plugin.name)}[/]{source}", escape(words), *([f"[dim]{able}[/]"] if able else [])]
+        parts += [Padding(line, (0, 0, 0, 2 if number == 0 else 4)) for number, line in enumerate(lines)]
+        parts += [Padding(_options_table(plugin), (0, 0, 0, 4))] if plugin.options else []
     return Group(*parts, "")
 
 
@@ -116,8 +119,9 @@ def _options_table(plugin: ListedPlugin) -> Table:
     table.add_column(max_width=20)
     table.add_column(ratio=1)
     for option in plugin.options:
-        default = "required" if option.required else "–" if option.default is None else str(option.default)
-        table.add_row(f"    {option.name}", escape(default), f"[dim]{escape(option.sentence)}[/]")
+        default = "–" if option.default is None else toml_value(option.default)
+        words = "required" if option.required else escape(default)
+        table.add_row(option.name, words, f"[dim]{escape(option.sentence)}[/]")
     return table
 
 
@@ -127,8 +131,8 @@ def _capabilities(capabilities: Mapping[str, Any]) -> str:
     return ", ".join([*able, *named])
 
 
-def _ago(seconds: float) -> str:
+def _age(seconds: float) -> str:
     for limit, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= limit:
-            return f"{seconds / limit:.0f} {unit} ago"
-    return "just now"
+            return f"{seconds / limit:.0f} {unit}"
+    return f"{seconds:.0f} s"

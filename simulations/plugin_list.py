@@ -55,10 +55,10 @@ class ListedPlugin:
         return shown | ({"error": self.error} if self.error else {})
 
 
-_FAMILIES: tuple[tuple[Family[Any], Callable[[Any], dict[str, Any]]], ...] = (
-    (AGGREGATION, lambda strategy: strategy.capabilities.as_dict()),
-    (METHODS, lambda method: {"exact": method.exact}),
-    (TASKS, lambda _: {}),
+_FAMILIES: tuple[tuple[Family[Any], str, Callable[[Any], dict[str, Any]]], ...] = (
+    (AGGREGATION, "aggregation strategies", lambda strategy: strategy.capabilities.as_dict()),
+    (METHODS, "adapter methods", lambda method: {"exact": method.exact}),
+    (TASKS, "tasks", lambda _: {}),
 )
 
 
@@ -71,14 +71,18 @@ def listed_plugins() -> dict[str, list[ListedPlugin]]:
         If the user's plug-in folder is not there.
     """
     return {
-        family.package.rpartition(".")[2]: [_listed(family, name, capable) for name in family.names()]
-        for family, capable in _FAMILIES
+        _short(family): [_listed(family, name, capable) for name in family.names()]
+        for family, _, capable in _FAMILIES
     }
 
 
-def family_title(family: str) -> str:
+def family_title(name: str) -> str:
     """Return what people call the members of a family."""
-    return next(f"{item.kind}s" for item, _ in _FAMILIES if item.package.endswith(f".{family}"))
+    return next(title for family, title, _ in _FAMILIES if _short(family) == name)
+
+
+def _short(family: Family[Any]) -> str:
+    return family.package.rpartition(".")[2]
 
 
 def _listed(family: Family[Any], name: str, capable: Callable[[Any], dict[str, Any]]) -> ListedPlugin:

@@ -6,22 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, RecordDict
 
 from common.errors import ConfigurationError, RunError, UserError
-from common.experiment import Experiment, PluginChoice, differences
+from common.experiment import Experiment, differences
 from common.fingerprint import code_fingerprint
 from common.home import default_home
-from common.methods import METHODS
 from common.store import Metric, Round, Run, RunLock, RunStatus, RunStore, is_locked
-from common.tasks import TASKS
 from common.workspace import choose_device, cores
 from server.app import create_run
 from server.journal import rewind
 from server.plan import make_plan, rank_summary
 from server.progress import announce
+from simulations.places import with_fixed_places
 
 
 @dataclass(frozen=True)
@@ -64,26 +62,6 @@ class FinishedRun:
         return self.home / self.run.adapter_path if self.run.adapter_path else None
 
 
-def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """Make options that name existing files absolute: other processes work, and runs resume, in other folders."""
-    changed: dict[str, Any] = {}
-    for section, family in (("task", TASKS), ("adapter", METHODS)):
-        choice: PluginChoice = getattr(experiment, section)
-        named = {key: choice.options.get(key) for key in family.plugin(choice.name).path_options}
-        options = choice.options | {key: _absolute(value) for key, value in named.items() if value is not None}
-        changed[section] = choice.model_copy(update={"options": options})
-    changed["clients"] = {
-        name: client.model_copy(update={"data": _absolute(client.data)}) for name, client in experiment.clients.items()
-    }
-    return experiment.model_copy(update=changed)
-
-
-def _absolute(text: Any) -> Any:
-    if not isinstance(text, str) or text.startswith("builtin") or not Path(text).exists():
-        return text
-    return str(Path(text).absolute())
-
-
 def simulate(experiment: Experiment, home: Path | str | None = None) -> FinishedRun:
     """Run a federation on this machine.
 
@@ -102,7 +80,7 @@ def simulate(experiment: Experiment, home: Path | str | None = None) -> Finished
         If it failed.
     """
     place = Path(home) if home is not None else default_home()
-    experiment = with_absolute_paths(experiment)
+    experiment = with_fixed_places(experiment, place)
     plan = make_plan(experiment)
     announce("planned", f"{plan.rounds} rounds, ranks {rank_summary(plan)}", plan=plan, experiment=experiment)
     for notice in plan.notices:

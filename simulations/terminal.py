@@ -164,7 +164,7 @@ def home_flag(home: str) -> str:
 
 def numbers_table(*columns: str) -> Table:
     """Build an empty table; a heading that begins with > stands over numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
     return table

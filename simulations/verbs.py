@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from common.store import RunStore
 from simulations.listings import checks_view, plugins_view, run_view, runs_view
-from simulations.summary import json_text, list_summary, run_summary
+from simulations.summary import list_summary, run_summary
 from simulations.terminal import INTERRUPTED, Output, plan_view, print_error, print_next
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def delete_run(run: str, sure: bool, output: Output) -> int:
     """Delete a run, after asking."""
     with RunStore.open(output.home) as store:
         found = store.get_run(run).id
-        if not sure and not sys.stdin.isatty():
+        if not sure and (output.as_json or not sys.stdin.isatty()):
             raise UserError(f"deleting {found} needs an answer, but nobody is at the keyboard; add --yes")
         if not sure and input(f"Delete {found} with its files? [y/N] ").strip().lower() not in ("y", "yes"):
             raise UserError("nothing was deleted")

@@ -46,7 +46,7 @@ class Lora(AdapterMethod):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A, seeded per round and client.")
     head: tuple[str, ...] = Field((), description="Modules trained whole beside the adapter, such as a classifier.")
     start_from: str | None = Field(
-        None, description="PEFT folder or LoRAFleet adapter file the federation starts from."
+        None, description="PEFT folder, adapter file or run:NAME the federation starts from."
     )
 
     def config(self, model: nn.Module) -> LoraConfig:

@@ -1,0 +1,32 @@
+"""The state before round 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.errors import ConfigurationError
+from common.experiment import Experiment
+from common.federation import ModelSpec, ServerState
+from common.workspace import method_of
+from strategies import AggregationStrategy
+
+
+def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec) -> ServerState:
+    """Build the state before round 1; an adapter to start from becomes the global adapter.
+
+    Raises
+    ------
+    ConfigurationError
+        If that adapter does not fit the base model.
+    """
+    state = strategy.init(spec)
+    given = method_of(experiment).initial()
+    if given is None:
+        return state
+    for name, update in given.layers.items():
+        if spec.layers.get(name) != update.shape:
+            raise ConfigurationError(
+                f"the adapter to start from has layer {name} of shape {update.shape}; the model has "
+                f"{spec.layers.get(name, 'no such target layer')}"
+            )
+    return replace(state, global_adapter=given)
