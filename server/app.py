@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,16 +15,19 @@ from common.experiment import Experiment
 from common.experiment_file import carried_experiment
 from common.fingerprint import code_fingerprint
 from common.home import default_home
-from common.store import Run, RunLock, RunStore
+from common.store import Run, RunLock, RunStatus, RunStore
 from common.workspace import method_of, model_spec
 from server.federation import Federation
 from server.initial import initial_state
 from server.journal import StoreJournal
 from server.nodes import Nodes
 from server.plan import make_plan
-from server.progress import announce
+from server.progress import Progress, announce, listening
 from server.rounds import run_rounds
 from strategies import aggregation_strategy
+
+RECORDED = ("round_started", "left_out", "notice", "run_finished")
+"""Steps that become events of their own; a commit brings its own event."""
 
 app = ServerApp()
 
@@ -59,16 +63,27 @@ def create_run(store: RunStore, experiment: Experiment) -> Run:
 
 
 def _run_locked(grid: Grid, store: RunStore, run: str) -> None:
-    with RunLock(store.run_folder(run)):
+    with RunLock(store.run_folder(run)), listening(partial(_record, store, run)):
         try:
             coordinate(grid, store, store.get_run(run))
         except KeyboardInterrupt:
-            store.set_status(run, "interrupted", "interrupted; go on with: lorafleet resume " + run)
+            _end(store, run, "interrupted", "interrupted; go on with: lorafleet resume " + run)
             raise
         except Exception as error:
             kind = "" if isinstance(error, LoRAFleetError) else f"{type(error).__name__}: "
-            store.set_status(run, "failed", f"{kind}{error}")
+            _end(store, run, "failed", f"{kind}{error}")
             raise
+
+
+def _record(store: RunStore, run: str, step: Progress) -> None:
+    """Keep what a round's commit does not: when it was begun, who was left out and why, anything worth a line."""
+    if step.kind in RECORDED:
+        store.add_event(run, step.kind, step.text, round=step.round, client=step.client or None, data=step.data)
+
+
+def _end(store: RunStore, run: str, status: RunStatus, reason: str) -> None:
+    store.set_status(run, status, reason)
+    store.add_event(run, f"run_{status}", reason)
 
 
 def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
@@ -91,7 +106,7 @@ def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
     store.set_status(run.id, "running")
     state = journal.restore(spec)
     first = 0 if state is None else run.rounds_done + 1
-    waited = 0 if run.best_round is None else run.rounds_done - run.best_round
+    waited = run.rounds_done - (run.best_round or 0)
     if state is None:
         state = initial_state(experiment, strategy, spec)
     state = run_rounds(federation, state, first, run.best_metric, waited)

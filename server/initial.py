@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from common.adapter import Adapter
 from common.errors import ConfigurationError
 from common.experiment import Experiment
 from common.federation import ModelSpec, ServerState
@@ -29,4 +30,11 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
                 f"the adapter to start from has layer {name} of shape {update.shape}; the model has "
                 f"{spec.layers.get(name, 'no such target layer')}"
             )
-    return replace(state, global_adapter=given)
+    for name, head in given.extras.items():
+        if name not in spec.heads or spec.heads[name].shape != head.shape:
+            raise ConfigurationError(f"the adapter to start from has head {name} {tuple(head.shape)}; the model has not")
+    return replace(
+        state,
+        start=Adapter.pack(state.start.layers, {**state.start.extras, **given.extras}, spec.method),
+        global_adapter=Adapter.pack(given.layers, method=spec.method),
+    )

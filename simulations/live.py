@@ -88,7 +88,7 @@ class RoundState:
         self.done.pop(client, None)
         place[client] = words
         if not self.waiting:
-            self.phase = "merging"
+            self.phase = "merging, evaluating"
 
 
 class ProgressLines:
@@ -159,16 +159,18 @@ class ProgressBars:
         self.state.take(step)
         if step.kind == "run_started":
             self._opening = f"starting {step.text}"
-        elif step.kind in ("round_started", "run_finished"):
-            self._opening = "" if step.kind == "round_started" else "writing the adapter"
+        elif step.kind == "round_started":
+            self._opening = ""
         elif step.kind == "notice":
             self.console.print(f"[yellow]note:[/] {escape(step.text)}")
         elif step.kind == "left_out" and self.whole_rounds:
             self.console.print(f"[yellow]round {step.round}:[/] {escape(step.text)}")
         elif step.kind == "round_failed":
             self.console.print(f"[red]{escape(step.text)}[/]")
-        elif step.kind == "committed" and self.whole_rounds:
-            self.console.print(self._head(self.state.sentence(step.data.get("metrics", {})), finished=True))
+        elif step.kind == "committed":
+            if self.whole_rounds:
+                self.console.print(self._head(self.state.sentence(step.data.get("metrics", {})), finished=True))
+            self._opening = "finishing" if step.round == self.state.total else f"starting round {step.round + 1}"
 
     def _view(self) -> RenderableType:
         if self._opening:

@@ -71,8 +71,7 @@ def listed_plugins() -> dict[str, list[ListedPlugin]]:
         If the user's plug-in folder is not there.
     """
     return {
-        _short(family): [_listed(family, name, capable) for name in family.names()]
-        for family, _, capable in _FAMILIES
+        _short(family): [_listed(family, name, capable) for name in family.names()] for family, _, capable in _FAMILIES
     }
 
 

@@ -125,7 +125,8 @@ def resume(
             if from_round is not None:
                 run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds
-            if run.status == "completed" and wanted <= run.rounds_done:
+            extended = rounds is not None or from_round is not None
+            if run.status == "completed" and (wanted <= run.rounds_done or not extended):
                 raise UserError(f"run {run.id} has done its {run.rounds_done} rounds; extend it with --rounds N")
             if wanted < run.rounds_done:
                 raise UserError(f"run {run.id} has done {run.rounds_done} rounds already; --rounds must be more")

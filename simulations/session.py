@@ -22,6 +22,7 @@ from simulations.terminal import (
     outcome_view,
     plan_view,
     print_error,
+    print_interrupted,
     print_next,
 )
 
@@ -98,25 +99,22 @@ def run_session(begin: Callable[[], object], output: Output) -> int:
     LoRAFleetError
         If no run was begun.
     """
-    code, trouble, run = 0, "", ""
+    trouble: LoRAFleetError | KeyboardInterrupt | None = None
     with watching(output) as watch:
         try:
             begin()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LoRAFleetError) as error:
             if not watch.run:
                 raise
-            code, trouble = INTERRUPTED, "interrupted"
-        except LoRAFleetError as error:
-            if not watch.run:
-                raise
-            code, trouble = error.exit_code, str(error)
-        run = watch.run
-    _show(output, run)
-    if trouble:
-        command = f"lorafleet resume {run}{home_flag(output.named_home)}"
-        hint = f"; go on with: {command}" if code == INTERRUPTED else ""
-        print_error(trouble + hint)
-    return code
+            trouble = error
+    _show(output, watch.run)
+    if isinstance(trouble, LoRAFleetError):
+        print_error(trouble)
+        return trouble.exit_code
+    if trouble is not None:
+        print_interrupted(f"go on with: lorafleet resume {watch.run}{home_flag(output.named_home)}")
+        return INTERRUPTED
+    return 0
 
 
 def _display(output: Output, whole_rounds: bool) -> ProgressBars | ProgressLines:

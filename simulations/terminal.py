@@ -69,13 +69,19 @@ class Output:
             self.console.print(*views, sep="\n")
 
 
-def print_error(error: LoRAFleetError | str) -> None:
+def print_error(error: LoRAFleetError) -> None:
     """Write what went wrong on stderr, one line per problem."""
-    problems = error.problems if isinstance(error, ConfigurationError) else [str(error)]
-    console = Console(stderr=True, highlight=False)
-    for problem in problems:
-        text = Text.assemble(("error:", "bold red"), " ", " ".join(problem.split()))
-        console.print(text, soft_wrap=True)
+    for problem in error.problems if isinstance(error, ConfigurationError) else [str(error)]:
+        _print_aside(Text.assemble(("error:", "bold red"), " ", " ".join(problem.split())))
+
+
+def print_interrupted(advice: str) -> None:
+    """Say on stderr how to go on after Ctrl-C."""
+    _print_aside(Text.assemble(("interrupted:", "bold yellow"), " ", advice))
+
+
+def _print_aside(line: Text) -> None:
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 
 def plan_view(plan: Plan, experiment: Experiment, notices: bool = True) -> RenderableType:

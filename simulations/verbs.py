@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.store import RunStore
 from simulations.listings import checks_view, plugins_view, run_view, runs_view
 from simulations.summary import list_summary, run_summary
-from simulations.terminal import INTERRUPTED, Output, plan_view, print_error, print_next
+from simulations.terminal import INTERRUPTED, Output, plan_view, print_interrupted, print_next
 
 if TYPE_CHECKING:
     from server.export import Format
@@ -91,7 +91,7 @@ def compare(
 
             comparison = compare(source, overrides, vary, out, home, references)
     except KeyboardInterrupt:
-        print_error("interrupted; the same command goes on where it stopped")
+        print_interrupted("the same command goes on where it stopped")
         return INTERRUPTED
     output.show(comparison.as_dict(), comparison.table(), f"\ntable, plots and data are in {out}")
     return 0

@@ -27,7 +27,7 @@ def write_texts(folder: Path, names: Sequence[str] = tuple(RANKS)) -> dict[str, 
         place = folder / "texts" / name
         place.mkdir(parents=True, exist_ok=True)
         for number in range(5):
-            lines = [f"{WORDS[name]}  # {number} {line}" for line in range(12 + len(name) * number)]
+            lines = [f"{WORDS.get(name, name)}  # {number} {line}" for line in range(12 + len(name) * number)]
             (place / f"{number}.py").write_text("\n".join(lines))
         places[name] = str(place)
     return places

@@ -21,7 +21,7 @@ from common.messages import Presence, Query, TrainAnswer, TrainOrder
 from common.start import starting_adapter
 from common.wire import Parcel, read_message, seal, unseal, write_message
 from server.federation import Federation
-from server.journal import RoundRecord
+from server.journal import Begun, RoundRecord
 from server.nodes import Nodes
 from server.rounds import run_rounds
 from simulations.inprocess import InProcessGrid
@@ -46,10 +46,10 @@ class MemoryJournal:
         self.replies: dict[str, tuple[TrainAnswer, Parcel]] = {}
         self.ends: list[float] = []
 
-    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> tuple[str, ...]:
+    def begin(self, number: int, cohort: Sequence[str], base_version: int) -> Begun:
         """Begin a round."""
         self.replies.clear()
-        return tuple(cohort)
+        return Begun(tuple(cohort), 1)
 
     def kept(self, number: int) -> Mapping[str, tuple[TrainAnswer, Parcel]]:
         """Nothing is kept."""

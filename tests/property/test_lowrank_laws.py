@@ -152,3 +152,10 @@ def test_high_rank_factors_cost_no_more_than_the_matrix() -> None:
 def test_factors_that_do_not_fit_are_refused(b: tuple[int, ...], a: tuple[int, ...]) -> None:
     with pytest.raises(ConfigurationError, match=r"do not form b \(out, r\) @ a \(r, in\)"):
         LowRank(torch.zeros(b), torch.zeros(a))
+
+
+@given(updates())
+def test_a_matrix_can_be_factored_again(update: LowRank) -> None:
+    factored = Dense(update.dense()).low_rank()
+    assert dense.distance(matrix(factored), matrix(update)) < 1e-12
+    assert factored.rank == np.linalg.matrix_rank(matrix(update))

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from common.seeds import derive_seed
+from common.seeds import chance, derive_seed
 
 
 def test_seeds_are_what_they_were() -> None:
@@ -35,3 +35,11 @@ def test_seeds_fit_torch() -> None:
     seeds = [derive_seed(7, "client", i) for i in range(1000)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))
+
+
+def test_chance_is_repeatable_and_as_likely_as_asked() -> None:
+    drawn = [chance(0.3, 7, "dropout", number, "ada") for number in range(5000)]
+    assert drawn == [chance(0.3, 7, "dropout", number, "ada") for number in range(5000)]
+    assert abs(sum(drawn) / len(drawn) - 0.3) < 0.02
+    assert not any(chance(0.0, 7, number) for number in range(100))
+    assert all(chance(1.0, 7, number) for number in range(100))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
 import torch
 
-from common.adapter import Adapter
+from common.adapter import Adapter, Layout, tensor_bytes
 from common.errors import ConfigurationError
 from common.federation import Dispatch, ModelSpec
 from common.lowrank import Dense, LowRank
-from common.start import fresh_a, starting_adapter
+from common.start import fresh_a, frozen_factors, frozen_hash, starting_adapter
 
 SPEC = ModelSpec({"q": (6, 5), "v": (3, 5)}, seed=1, heads={"score": torch.arange(4.0)})
 
@@ -99,3 +100,15 @@ def test_a_dense_start_is_refused() -> None:
     dispatch = Dispatch(Adapter.pack({"q": Dense(torch.zeros(6, 5))}), rank=2, seed=9)
     with pytest.raises(ConfigurationError, match="layer q is to start from a dense matrix"):
         starting_adapter(dispatch, SPEC)
+
+
+def test_frozen_factors_are_those_of_an_adapter() -> None:
+    adapter = starting_adapter(Dispatch(Adapter.empty(), rank=3, seed=9, frozen_a=5), SPEC)
+    assert torch.equal(frozen_factors(adapter.layout, 5), adapter.inner_factors)
+    assert frozen_hash(adapter.layout, 5) == hashlib.sha256(tensor_bytes(adapter.inner_factors)).hexdigest()
+    assert frozen_hash(adapter.layout, 5) != frozen_hash(adapter.layout, 6)
+
+
+def test_dense_and_empty_layers_have_no_frozen_factor() -> None:
+    layout = Layout((("p", 4, 4, -1), ("q", 6, 5, 2), ("v", 3, 5, 0)))
+    assert torch.equal(frozen_factors(layout, 5), fresh_a(5, "q", 2, 5).flatten())
