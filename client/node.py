@@ -28,12 +28,15 @@ class Node:
         All simulated clients, as tasks want them.
     folder : Path or None
         Where the client keeps its state between rounds; None keeps nothing.
+    shared : Path or None
+        Where all clients of this machine keep what is the same for all.
     """
 
     name: str
     experiment: Experiment
     clients: Clients
     folder: Path | None
+    shared: Path | None
 
 
 def node_of(context: Context) -> Node:
@@ -51,8 +54,8 @@ def node_of(context: Context) -> Node:
         name = clients[number][0]
     home = str(context.run_config.get("home", ""))
     run = str(context.run_config.get("run-id", ""))
-    folder = Path(home) / "runs" / run / "clients" / str(name) if home else None
-    return Node(str(name), experiment, clients, folder)
+    shared = Path(home) / "runs" / run / "clients" if home else None
+    return Node(str(name), experiment, clients, shared / str(name) if shared else None, shared)
 
 
 @lru_cache(maxsize=4)

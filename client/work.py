@@ -15,9 +15,10 @@ from flwr.app import RecordDict
 from client.answers import keep_answer, order_key, stored_answer
 from client.device import device_name, free_memory, largest_rank
 from client.faults import suffer
+from client.held import held, hold
 from client.node import Node
 from client.training import Position, train
-from common.adapter import Adapter, tensor_bytes
+from common.adapter import tensor_bytes
 from common.errors import ClientError
 from common.federation import Dispatch
 from common.fingerprint import code_fingerprint
@@ -43,7 +44,7 @@ def train_order(node: Node, content: RecordDict) -> RecordDict:
     """Answer a training order, from the stored answer if it was done before."""
     order, parcels = read_message(content, TrainOrder)
     _check(order.fingerprint, order.client, node)
-    key = order_key(order, parcels)
+    key = order_key(order, _parcel(parcels, "start"))
     if node.folder and (stored := stored_answer(node.folder, key)):
         return stored
     suffer(node, order.round)
@@ -60,12 +61,15 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
     started = time.perf_counter()
     place = workspace(node.experiment)
     held_out = _data(place, node).held_out
-    _use(place, unseal(_parcel(parcels, "start"), order.frozen_a), _parcel(parcels, "global"))
+    start = unseal(_parcel(parcels, "start"), order.frozen_a)
+    _use(place, node, order.global_hash, parcels)
+    place.adapted.load(start)
     answer = EvaluateAnswer(
         client=node.name,
         round=order.round,
         num_examples=float(len(held_out)),
         metrics=place.task.evaluate(place.adapted.model, held_out),
+        holds=order.global_hash if node.shared else "",
         seconds=time.perf_counter() - started,
     )
     return write_message(answer)
@@ -79,7 +83,8 @@ def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tupl
     dispatch = Dispatch(given, order.rank, order.seed, order.trains, order.frozen_a)
     start = starting_adapter(dispatch, place.adapted.spec(node.experiment.seed))
     seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
-    _use(place, start, _parcel(parcels, "global"), seed)
+    _use(place, node, order.global_hash, parcels)
+    place.adapted.load(start, seed)
     metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains)
     trained = place.adapted.read()
     frozen = order.frozen_a is not None
@@ -90,6 +95,7 @@ def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tupl
         num_examples=float(len(rows)),
         seconds=time.perf_counter() - started,
         metrics=metrics,
+        holds=order.global_hash if node.shared else "",
         frozen_hash=hashlib.sha256(tensor_bytes(trained.inner_factors)).hexdigest() if frozen else None,
     )
     return answer, seal(trained, node.experiment.federation.wire, whole=not frozen, hashed=False)
@@ -99,11 +105,15 @@ def _data(place: Workspace, node: Node) -> ClientData:
     return place.task.client_data(node.name, node.clients, node.experiment.seed)
 
 
-def _use(place: Workspace, start: Adapter, global_parcel: Parcel, seed: int = 0) -> None:
-    version = global_parcel.digest
+def _use(place: Workspace, node: Node, version: str, parcels: Mapping[str, Parcel]) -> None:
+    """Put the model on a version of the global adapter, sent with the order or held from an earlier one."""
+    sent = parcels.get("global")
+    if sent is not None and sent.digest != version:
+        raise ClientError("the global adapter is not the one the order names")
+    if sent is not None and node.shared is not None:
+        hold(node.shared, sent)
     if not place.adapted.holds(version):
-        place.adapted.use_global(unseal(global_parcel), version)
-    place.adapted.load(start, seed)
+        place.adapted.use_global(unseal(sent) if sent is not None else held(node.shared, version), version)
 
 
 def _parcel(parcels: Mapping[str, Parcel], name: str) -> Parcel:

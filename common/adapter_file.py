@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,13 +33,14 @@ def state_bytes(state: ServerState) -> bytes:
     """Build the content of a state file: all that a resumed run needs beside the experiment."""
     tensors = {"start": state.start.flat, "global": state.global_adapter.flat}
     tensors |= {EXTRA + name: tensor.contiguous() for name, tensor in state.extras.items()}
-    metadata = {
+    described = {
         "start": state.start.layout.to_json(),
         "global": state.global_adapter.layout.to_json(),
-        "round": str(state.round),
-        "base_version": str(state.base_version),
+        "round": state.round,
+        "base_version": state.base_version,
     }
-    return save(tensors, metadata)
+    # One entry: safetensors writes several in random order, and equal states would differ in their hashes.
+    return save(tensors, {"state": json.dumps(described)})
 
 
 def read_state(path: Path, spec: ModelSpec) -> ServerState:
@@ -51,16 +53,17 @@ def read_state(path: Path, spec: ModelSpec) -> ServerState:
     """
     tensors, metadata = _read(path)
     try:
+        described = json.loads(metadata["state"])
         return ServerState(
             spec,
-            _adapter("start", tensors, metadata, path),
-            _adapter("global", tensors, metadata, path),
-            int(metadata["round"]),
-            int(metadata["base_version"]),
+            _adapter("start", tensors, described, path),
+            _adapter("global", tensors, described, path),
+            int(described["round"]),
+            int(described["base_version"]),
             {name.removeprefix(EXTRA): tensor for name, tensor in tensors.items() if name.startswith(EXTRA)},
         )
-    except (KeyError, ValueError) as error:
-        raise CorruptArtefact(f"{path} is not a state file (no {error})") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptArtefact(f"{path} is not a state file ({error!r})") from None
 
 
 def whole_adapter(state: ServerState) -> Adapter:
@@ -82,5 +85,5 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
 def _adapter(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Adapter:
     try:
         return Adapter(tensors[name], Layout.from_json(metadata[name]))
-    except (KeyError, ConfigurationError) as error:
+    except (KeyError, TypeError, ConfigurationError) as error:
         raise CorruptArtefact(f"{path} holds no {name} adapter ({error})") from None

@@ -12,6 +12,8 @@ from common.experiment import Name
 MAX_HEADER = 1 << 20
 """Characters a header may have; beyond it a message is refused unread."""
 
+HASH = "^[0-9a-f]{64}$"
+
 
 class Header(BaseModel):
     """Base of all records that travel."""
@@ -36,7 +38,7 @@ class Presence(Header):
 
 
 class TrainOrder(Header):
-    """Orders one round of local training; ``start`` and ``global`` travel beside it."""
+    """Orders one round of local training; ``start`` travels beside it, and ``global`` if the node lacks it."""
 
     run: str
     round: int = Field(ge=1)
@@ -45,6 +47,7 @@ class TrainOrder(Header):
     fingerprint: str
     client: str
     base_version: int = Field(ge=0)
+    global_hash: str = Field(pattern=HASH)
     rank: int = Field(ge=1)
     seed: int = Field(ge=0)
     trains: Literal["ab", "b", "a"]
@@ -61,6 +64,7 @@ class TrainAnswer(Header):
     seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     frozen_hash: str | None = Field(None, max_length=64)
+    holds: str = Field("", max_length=64, description="Hash of the global adapter the node keeps.")
 
 
 class EvaluateOrder(Header):
@@ -71,6 +75,7 @@ class EvaluateOrder(Header):
     fingerprint: str
     client: str
     base_version: int = Field(ge=0)
+    global_hash: str = Field(pattern=HASH)
     frozen_a: int | None = None
 
 
@@ -82,6 +87,7 @@ class EvaluateAnswer(Header):
     num_examples: float = Field(gt=0)
     seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
+    holds: str = Field("", max_length=64, description="Hash of the global adapter the node keeps.")
 
 
 H = TypeVar("H", bound=Header)

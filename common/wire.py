@@ -22,8 +22,10 @@ from common.errors import ClientError, ConfigurationError
 from common.messages import H, Header, read_header
 from common.start import frozen_factors
 
-# The numbers are read where they lie, without a copy; an adapter's buffer is never written to.
-warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+# The numbers are read where they lie, without a copy; an adapter's buffer is never written to. torch warns of that once
+# per process, so it is let do so here.
+with warnings.catch_warnings(action="ignore"):
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 WireFormat = Literal["fp32", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}

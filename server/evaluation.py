@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from flwr.app import Message
 
 from common.errors import ClientError
+from common.experiment import Experiment
 from common.federation import ServerState
 from common.messages import EvaluateAnswer
 from common.wire import message_bytes, read_message, seal, unseal
@@ -18,14 +19,13 @@ from server.cohort import evaluation_cohort
 from server.exchange import exchange
 from server.federation import Federation
 from server.journal import RoundRecord
-from server.orders import Order, OrderBook
+from server.orders import Order
 from server.progress import announce
 
 
-def is_evaluated(federation: Federation, number: int) -> bool:
+def is_evaluated(experiment: Experiment, number: int) -> bool:
     """Tell whether a round is evaluated: round 0, the last one, and every so many between."""
-    last = federation.experiment.federation.rounds
-    return number in (0, last) or number % federation.experiment.evaluation.every == 0
+    return number in (0, experiment.federation.rounds) or number % experiment.evaluation.every == 0
 
 
 def evaluation_phase(
@@ -37,10 +37,10 @@ def evaluation_phase(
 ) -> None:
     """Evaluate a state on clients and server; ``meanwhile`` runs while the clients are busy."""
     names = evaluation_cohort(federation.experiment, federation.clients, sorted(online))
-    book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
+    book = federation.order_book(state)
     orders = [book.evaluate(record.number, name, online[name]) for name in names]
     record.bytes_down += sum(message_bytes(order.message.content) for order in orders)
-    judged = Judgements(record, federation.experiment.federation.max_num_examples)
+    judged = Judgements(record, federation.experiment.federation.max_num_examples, federation.holdings)
 
     def work_here() -> None:
         meanwhile()
@@ -59,6 +59,7 @@ class Judgements:
 
     record: RoundRecord
     max_num_examples: int
+    holdings: dict[str, str]
     answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
 
     def take(self, order: Order, message: Message) -> None:
@@ -76,9 +77,11 @@ class Judgements:
             self.leave_out(order, "rejected", str(error))
             return
         self.answers[order.client] = answer
+        self.holdings[order.client] = answer.holds
 
     def leave_out(self, order: Order, status: str, reason: str) -> None:
         """Go on without a client's evaluation."""
+        self.holdings.pop(order.client, None)
         text = f"{order.client} did not evaluate: {reason}"
         announce("notice", text, self.record.number, order.client, status=status)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
 from common.experiment import ClientSettings, Experiment
-from common.federation import ClientInfo, ModelSpec
+from common.federation import ClientInfo, ModelSpec, ServerState
 from server.cohort import DEFAULTS
 from server.journal import Journal
 from server.nodes import Nodes
+from server.orders import OrderBook
 from strategies import AggregationStrategy
 
 
@@ -39,6 +40,8 @@ class Federation:
         Who is online.
     journal : Journal
         What is remembered.
+    holdings : dict of str to str
+        Hash of the global adapter each client said it holds; forgotten when the server restarts.
     """
 
     run: str
@@ -50,6 +53,11 @@ class Federation:
     grid: Grid
     nodes: Nodes
     journal: Journal
+    holdings: dict[str, str] = field(default_factory=dict)
+
+    def order_book(self, state: ServerState) -> OrderBook:
+        """Open the orders of one round on one state."""
+        return OrderBook(self.run, self.experiment, self.strategy, state, self.holdings)
 
     def client(self, name: str) -> ClientInfo:
         """Describe a client to the strategy."""

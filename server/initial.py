@@ -32,7 +32,9 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
             )
     for name, head in given.extras.items():
         if name not in spec.heads or spec.heads[name].shape != head.shape:
-            raise ConfigurationError(f"the adapter to start from has head {name} {tuple(head.shape)}; the model has not")
+            raise ConfigurationError(
+                f"the adapter to start from has head {name} {tuple(head.shape)}; the model has not"
+            )
     return replace(
         state,
         start=Adapter.pack(state.start.layers, {**state.start.extras, **given.extras}, spec.method),

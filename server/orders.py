@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType
@@ -40,12 +41,15 @@ class OrderBook:
         Decides where each client starts.
     state : ServerState
         The model to train on or to evaluate.
+    holdings : mapping of str to str
+        Hash of the global adapter each client says it holds; that one is not sent again.
     """
 
     run: str
     experiment: Experiment
     strategy: AggregationStrategy
     state: ServerState
+    holdings: Mapping[str, str] = field(default_factory=dict)
     _sealed: dict[tuple[int, bool], tuple[Adapter, Parcel]] = field(default_factory=dict)
 
     def train(self, number: int, attempt: int, client: ClientInfo, node: int) -> Order:
@@ -59,6 +63,7 @@ class OrderBook:
             fingerprint=code_fingerprint(),
             client=client.name,
             base_version=self.state.base_version,
+            global_hash=self._global.digest,
             rank=dispatch.rank,
             seed=dispatch.seed,
             trains=dispatch.trains,
@@ -75,6 +80,7 @@ class OrderBook:
             fingerprint=code_fingerprint(),
             client=client,
             base_version=self.state.base_version,
+            global_hash=self._global.digest,
             frozen_a=dispatch.frozen_a,
         )
         return self._order(header, dispatch, self.state.start, node, MessageType.EVALUATE)
@@ -82,10 +88,9 @@ class OrderBook:
     def _order(
         self, header: TrainOrder | EvaluateOrder, dispatch: Dispatch, start: Adapter, node: int, kind: str
     ) -> Order:
-        parcels = {
-            "start": self._seal(start, whole=dispatch.frozen_a is None, hashed=False),
-            "global": self._seal(self.state.global_adapter, whole=True, hashed=True),
-        }
+        parcels = {"start": self._seal(start, whole=dispatch.frozen_a is None, hashed=False)}
+        if self.holdings.get(header.client) != header.global_hash:
+            parcels["global"] = self._global
         message = Message(
             write_message(header, parcels),
             node,
@@ -94,6 +99,10 @@ class OrderBook:
             group_id=str(header.round),
         )
         return Order(header.client, message, header, dispatch)
+
+    @property
+    def _global(self) -> Parcel:
+        return self._seal(self.state.global_adapter, whole=True, hashed=True)
 
     def _seal(self, adapter: Adapter, whole: bool, hashed: bool) -> Parcel:
         # The adapter is kept beside its parcel, so that its id is not given to another one meanwhile.

@@ -11,9 +11,8 @@ from common.federation import ModelSpec
 from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.initial import initial_state
+from server.traffic import Traffic
 from strategies import AggregationStrategy, aggregation_strategy
-
-BYTES = {"fp32": 4, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Plan:
     Parameters
     ----------
     clients : tuple of PlannedClient
-        Sorted by name; bytes down are those of the last round, when the global adapter is largest.
+        Sorted by name; bytes up are those of one round, bytes down of the last one, when downloads are largest.
     layers : int
         Adapted layers.
     rounds, cohort_size : int
@@ -112,60 +111,39 @@ def _planned(
     ranks: dict[str, int],
     notices: list[str],
 ) -> Plan:
-    settings, number_size = experiment.federation, BYTES[experiment.federation.wire]
-    known = experiment.simulated_clients()
-    names = [name for name in ranks if known[name].trains]
-    evaluating = [name for name in ranks if known[name].evaluates]
-    cohort = min(settings.cohort_size or max(1, round(settings.cohort_fraction * len(names))), len(names))
-    cohort_ranks = sorted((ranks[name] for name in names), reverse=True)[:cohort]
-    heads = sum(head.numel() for head in spec.heads.values()) * number_size
-    # ``a`` stays away where it is frozen and shared
-    frozen = strategy.capabilities.shared_frozen_factor
+    settings, known = experiment.federation, experiment.simulated_clients()
+    training = [name for name in ranks if known[name].trains]
+    judging = {name for name in ranks if known[name].evaluates and "clients" in experiment.evaluation.on}
+    cohort = min(settings.cohort_size or max(1, round(settings.cohort_fraction * len(training))), len(training))
+    traffic = Traffic(experiment, strategy, spec, sorted((ranks[name] for name in training), reverse=True)[:cohort])
 
-    def download(rank: int, merges: int) -> int:
-        start, merged = strategy.expected_ranks(rank, cohort_ranks, merges)
-        return heads + number_size * (_numbers(spec, start, frozen) + _numbers_merged(spec, merged))
+    def down(name: str, number: int, share: float = 1.0, judged: float = 1.0) -> float:
+        trained = traffic.training(ranks[name], number, name in judging) if number and known[name].trains else 0
+        return share * trained + (judged * traffic.evaluation(number) if name in judging else 0)
 
-    clients = tuple(
-        PlannedClient(
-            name,
-            rank,
-            known[name].trains,
-            known[name].evaluates,
-            heads + number_size * _numbers(spec, rank, frozen),
-            download(rank, settings.rounds - 1),
-        )
-        for name, rank in sorted(ranks.items())
-    )
-    share = cohort / len(names)
-    trained = sum(download(ranks[name], done) for name in names for done in range(settings.rounds)) * share
-    on_clients = "clients" in experiment.evaluation.on
-    rounds = [
-        n for n in range(settings.rounds + 1) if n in (0, settings.rounds) or n % experiment.evaluation.every == 0
-    ]
-    widest = max(cohort_ranks)
-    judged = sum(download(widest, done) for done in rounds) * len(evaluating) * experiment.evaluation.fraction
+    share, judged = cohort / len(training), experiment.evaluation.fraction
     return Plan(
-        clients,
-        len(spec.layers),
-        settings.rounds,
-        cohort,
-        round(sum(client.bytes_up for client in clients if client.trains) * share * settings.rounds),
-        round(trained + (judged if on_clients else 0)),
-        max(download(widest, done) for done in range(settings.rounds + 1)),
-        tuple(notices),
+        clients=tuple(
+            PlannedClient(
+                name,
+                rank,
+                known[name].trains,
+                known[name].evaluates,
+                traffic.upload(rank) if known[name].trains else 0,
+                round(down(name, settings.rounds)),
+            )
+            for name, rank in sorted(ranks.items())
+        ),
+        layers=len(spec.layers),
+        rounds=settings.rounds,
+        cohort_size=cohort,
+        bytes_up=round(sum(traffic.upload(ranks[name]) for name in training) * share * settings.rounds),
+        bytes_down=round(sum(down(name, n, share, judged) for name in ranks for n in range(settings.rounds + 1))),
+        largest_download=max(
+            traffic.start(max(traffic.cohort), done) + traffic.merged(done) for done in range(settings.rounds + 1)
+        ),
+        notices=tuple(notices),
     )
-
-
-def _numbers(spec: ModelSpec, rank: int, frozen: bool) -> int:
-    total = 0
-    for layer, (out, inn) in spec.layers.items():
-        total += spec.layer_rank(layer, rank) * (out if frozen else out + inn)
-    return total
-
-
-def _numbers_merged(spec: ModelSpec, rank: int) -> int:
-    return sum(min(rank * (out + inn), out * inn) for out, inn in spec.layers.values())
 
 
 def rank_summary(plan: Plan) -> str:

@@ -92,7 +92,7 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
         if collection is not None and record.status == "committed":
             write_certificate(federation, state, collection)
 
-    if is_evaluated(federation, number):
+    if is_evaluated(federation.experiment, number):
         with _timed(record, "evaluate"):
             evaluation_phase(federation, state, record, online, certify)
     else:

@@ -19,7 +19,7 @@ from common.wire import Parcel, message_bytes, read_message, write_message
 from server.exchange import exchange
 from server.federation import Federation
 from server.journal import RoundRecord
-from server.orders import Order, OrderBook
+from server.orders import Order
 from server.progress import announce
 from server.screening import screen
 
@@ -65,6 +65,7 @@ class Collection:
         except ClientError as error:
             self.leave_out(order, "rejected", str(error), size)
             return
+        self.federation.holdings[order.client] = answer.holds
         self._accept(order, update, answer, size)
 
     def take_kept(self, order: Order, answer: TrainAnswer, parcel: Parcel) -> bool:
@@ -82,6 +83,7 @@ class Collection:
 
     def leave_out(self, order: Order, status: str, reason: str, size: int = 0) -> None:
         """Go on without a client, keeping the reason."""
+        self.federation.holdings.pop(order.client, None)
         self.record.clients[order.client] = {
             "status": status,
             "reason": reason,
@@ -149,7 +151,7 @@ def training_phase(
 ) -> Collection:
     """Let the cohort train and collect what it gives."""
     kept = federation.journal.kept(record.number)
-    book = OrderBook(federation.run, federation.experiment, federation.strategy, state)
+    book = federation.order_book(state)
     orders = {
         name: book.train(record.number, record.attempt, federation.client(name), online.get(name, 0))
         for name in record.cohort

@@ -126,7 +126,7 @@ def _seeds(table: Table, overrides: Sequence[str], variations: Sequence[Variatio
         given = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == SEED]
         texts = (str(given[-1] if given else table.get(SEED, 0)),)
     try:
-        return [int(text) for text in texts]
+        return list(dict.fromkeys(int(text) for text in texts))
     except ValueError:
         raise ConfigurationError(f"seeds are whole numbers, not {', '.join(texts)}") from None
 

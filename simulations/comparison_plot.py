@@ -102,13 +102,14 @@ def _over_bytes(rows: Sequence[Row], curves: dict[str, list[CurvePoint]]) -> Ite
 
 
 def _values(row: Row, x: float, point: CurvePoint) -> dict[str, Any]:
-    mean, sd = point.loss.mean, point.loss.sd or 0.0
-    return {"row": row.label, "reference": row.reference, "x": x, "loss": mean, "low": mean - sd, "high": mean + sd}
+    mean, sd = point.loss.mean, point.loss.sd
+    ends = {} if row.reference or sd is None else {"low": mean - sd, "high": mean + sd}
+    return {"row": row.label, "x": x, "loss": mean, **ends}
 
 
 def _panel(values: list[dict[str, Any]], x: alt.X, y: alt.Y, look: dict[str, Any]) -> alt.LayerChart | alt.FacetChart:
     line = alt.Chart(alt.InlineData(values=values)).mark_line(point=alt.OverlayMarkDef(size=20)).encode(x, y, **look)
-    spread = [value for value in values if value["low"] < value["high"] and not value["reference"]]
+    spread = [value for value in values if "low" in value]
     band = alt.Chart(alt.InlineData(values=spread)).mark_area(fillOpacity=0.12)
     band = band.encode(x, alt.Y("low:Q"), alt.Y2("high:Q"), color=look["color"])
     return alt.layer(band, line).properties(width=WIDTH, height=HEIGHT)

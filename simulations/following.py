@@ -8,91 +8,76 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import StoreError
-from common.store import ClientRound, Round, RunStore
+from common.store import Event, RunStore
 from server.progress import Listener, Progress
 
 INTERVAL_S = 0.3
 
-_ENDED = {"committed": "committed", "failed": "round_failed"}
-
 
 class Follower:
-    """Turns what a store learns of one run into steps, as the server would have announced them.
+    """Tells what a store learns of one run as the steps the server announces.
+
+    Most steps are events there; replies are rows of their round.
 
     Parameters
     ----------
     store : RunStore
         Opened for reading.
     run : str
-        Id of the run.
+        Id of the run; what it did before is not told.
     listener : callable
         Hears the steps.
     """
 
     def __init__(self, store: RunStore, run: str, listener: Listener) -> None:
         self._store, self._run, self._listener = store, run, listener
-        self._rounds: dict[int, str] = {row.round: row.status for row in store.rounds(run) if row.status != "running"}
-        self._clients: dict[tuple[int, str], str] = {}
+        self._last = max((event.id for event in store.events(run)), default=0)
+        self._round: int | None = None
+        self._replied: set[str] = set()
 
     def look(self) -> None:
-        """Announce what is new since the last look."""
-        total = self._store.get_run(self._run).rounds_planned
-        for row in self._store.rounds(self._run):
-            known = self._rounds.get(row.round)
-            if known == row.status:
-                if row.status == "running":
-                    self._look_at_clients(row)
-                continue
-            if known is None:
-                text, clients = f"round {row.round} of {total}", list(row.cohort)
-                self._tell("round_started", text, row.round, clients=clients, rounds=total)
-            self._look_at_clients(row)
-            self._rounds[row.round] = row.status
-            if row.status in _ENDED:
-                self._tell_end(row, total)
+        """Tell what is new since the last look."""
+        for event in self._store.events(self._run, after=self._last):
+            self._last = event.id
+            self._tell(event)
+        self._tell_replies()
 
-    def _look_at_clients(self, row: Round) -> None:
-        losses = {m.client: m.value for m in self._store.metrics(self._run, "train_loss", row.round)}
-        for client in self._store.client_rounds(self._run, row.round):
-            key = (row.round, client.client)
-            settled = "done" if client.status in ("received", "accepted") else "left out"
-            if self._clients.get(key) != settled:
-                self._clients[key] = settled
-                self._tell_client(client, losses.get(client.client))
+    def _tell(self, event: Event) -> None:
+        kind, number, data = event.kind, event.round or 0, dict(event.data)
+        if kind == "round_started":
+            self._round, self._replied = number, set()
+        elif kind in ("committed", "failed"):
+            self._tell_replies()
+            kind = "committed" if kind == "committed" else "round_failed"
+            metrics = self._store.metrics(self._run, round=number, client="")
+            data["metrics"] = {metric.name: metric.value for metric in metrics if not metric.layer}
+        self._listener(Progress(kind, event.text, number, event.client or "", data))
 
-    def _tell_client(self, client: ClientRound, loss: float | None) -> None:
-        name = client.client
-        if client.status in ("received", "accepted"):
-            text = f"{name} trained in {client.seconds:.1f} s"
-            self._tell("reply", text, client.round, name, seconds=client.seconds, train_loss=loss)
-        else:
-            self._tell("left_out", f"{name} is left out: {client.reason}", client.round, name, status=client.status)
-
-    def _tell_end(self, row: Round, total: int) -> None:
-        metrics = {m.name: m.value for m in self._store.metrics(self._run, None, row.round, "") if not m.layer}
-        text = f"round {row.round} failed: {row.reason}" if row.status == "failed" else f"round {row.round} committed"
-        self._tell(_ENDED[row.status], text, row.round, metrics=metrics, rounds=total)
-
-    def _tell(self, kind: str, text: str, round: int, client: str = "", **data: object) -> None:
-        self._listener(Progress(kind, text, round, client, data))
+    def _tell_replies(self) -> None:
+        if self._round is None:
+            return
+        for row in self._store.client_rounds(self._run, self._round):
+            if row.status in ("received", "accepted") and row.client not in self._replied:
+                self._replied.add(row.client)
+                text = f"{row.client} trained in {row.seconds:.1f} s"
+                self._listener(Progress("reply", text, row.round, row.client, {"seconds": row.seconds}))
 
 
 @contextmanager
 def following(home: Path, run: str, listener: Listener) -> Iterator[None]:
-    """Follow a run in a thread while the block goes on; what it did last is announced before the end."""
+    """Follow a run in a thread while the block goes on; what it did last is told before the end."""
     stop = threading.Event()
-    with RunStore.open(home, read_only=True) as store:
-        follower = Follower(store, run, listener)
 
-        def follow() -> None:
-            try:
-                while not stop.wait(INTERVAL_S):
-                    follower.look()
+    def follow(follower: Follower) -> None:
+        try:
+            while not stop.wait(INTERVAL_S):
                 follower.look()
-            except StoreError as error:
-                listener(Progress("notice", f"progress cannot be shown: {error}"))
+            follower.look()
+        except StoreError as error:
+            listener(Progress("notice", f"progress cannot be shown: {error}"))
 
-        thread = threading.Thread(target=follow, name="follower", daemon=True)
+    with RunStore.open(home, read_only=True) as store:
+        thread = threading.Thread(target=follow, args=[Follower(store, run, listener)], name="follower", daemon=True)
         thread.start()
         try:
             yield

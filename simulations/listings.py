@@ -66,7 +66,7 @@ def run_view(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [head, "", rounds_table(summary)]
     if summary["clients"]:
         parts += ["", _clients_table(summary)]
-    if lines := list(troubles(summary)):
+    if lines := troubles(summary):
         parts += ["", *lines]
     return Group(*parts)
 

@@ -36,6 +36,7 @@ class Postbox:
         self._at_work: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._deadlines: dict[str, float] = {}
+        self._next_deadline = math.inf  # or earlier: a thousand messages are not searched at every step
         self._busy_nodes: set[int] = set()
         self._closed = False
 
@@ -54,7 +55,8 @@ class Postbox:
             message_id = next(self._ids)
             set_message_id(message, message_id)
             self._queued[message_id] = message
-            self._deadlines[message_id] = time.monotonic() + remaining
+            self._deadlines[message_id] = deadline = time.monotonic() + remaining
+            self._next_deadline = min(self._next_deadline, deadline)
             self._startable.notify()
         return message_id
 
@@ -97,8 +99,7 @@ class Postbox:
         with self._answered:
             self._expire()
             while self._replies.keys().isdisjoint(wanted) and (now := time.monotonic()) < end:
-                next_deadline = min(self._deadlines.values(), default=math.inf)
-                self._answered.wait(min(end - now, next_deadline - now, threading.TIMEOUT_MAX))
+                self._answered.wait(min(end - now, self._next_deadline - now, threading.TIMEOUT_MAX))
                 self._expire()
 
     def abandon(self, message_ids: Iterable[str]) -> None:
@@ -119,12 +120,15 @@ class Postbox:
 
     def _expire(self) -> None:
         now = time.monotonic()
+        if now < self._next_deadline:
+            return
         for message_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
             message = self._give_up(message_id)
             if message is not None:
                 reason = f"no reply within the message's time to live of {message.metadata.ttl:g} s"
                 self._replies[message_id] = error_reply(message, ErrorCode.MESSAGE_UNAVAILABLE, reason)
                 self._answered.notify_all()
+        self._next_deadline = min(self._deadlines.values(), default=math.inf)
 
     def _give_up(self, message_id: str) -> Message | None:
         self._deadlines.pop(message_id, None)

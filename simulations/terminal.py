@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 LISTED_CLIENTS = 20
+LISTED_TROUBLES = 20
+LISTED_NAMES = 5
 
 STATUS_STYLES = {
     "completed": "green",
@@ -133,15 +135,21 @@ def rounds_table(summary: Summary) -> Table:
     return table
 
 
-def troubles(summary: Summary) -> Iterator[str]:
-    """Say why rounds failed and why clients were left out."""
+def troubles(summary: Summary) -> list[str]:
+    """Say which rounds failed, and which clients were left out for which reason."""
+    lines = []
     for row in summary["rounds"]:
         if row["status"] == "failed":
-            yield f"[red]round {row['round']} failed:[/] {escape(row['reason'] or 'no reason given')}"
+            lines.append(f"[red]round {row['round']} failed:[/] {escape(row['reason'] or 'no reason given')}")
+        reasons: dict[str, list[str]] = {}
         for client in summary["clients"]:
             if client["round"] == row["round"] and client["status"] not in ("accepted", "received"):
-                words = f"{client['client']} {client['status']}: {client['reason'] or 'no reason given'}"
-                yield f"[yellow]round {row['round']}:[/] {escape(words)}"
+                reasons.setdefault(f"{client['status']}: {client['reason'] or 'no reason given'}", []).append(
+                    client["client"]
+                )
+        lines += [f"[yellow]round {row['round']}:[/] {escape(f'{_names(who)} {why}')}" for why, who in reasons.items()]
+    left = len(lines) - LISTED_TROUBLES
+    return lines[:LISTED_TROUBLES] + ([f"… and {left} more of the kind"] if left > 0 else [])
 
 
 def outcome_view(summary: Summary) -> RenderableType:
@@ -210,6 +218,11 @@ def status_text(status: str) -> str:
 def more_clients(count: int) -> list[str]:
     """Say how many clients a table leaves out."""
     return [f"… and {count - LISTED_CLIENTS} more"] if count > LISTED_CLIENTS else []
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
 
 
 def _perplexity(loss: float | None) -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message, RecordDict
+
+from client.app import app as client_app
 from common.experiment import Experiment
 from common.experiment_file import apply_override
+from common.store import RunStore
+from server.app import app as server_app
+from server.app import create_run
+from simulations.inprocess import InProcessGrid
+from simulations.run import FinishedRun, load_run
+
+Client = Callable[[Message, Context], Message]
 
 RANKS = {"ada": 2, "ben": 4, "cyd": 2, "dot": 8}
 """Four clients of unequal ranks, in the order of their names."""
@@ -54,3 +64,23 @@ def tiny_table(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> 
 def tiny(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> Experiment:
     """Build a tiny experiment; ``overrides`` are as for ``--set``."""
     return Experiment.parse(tiny_table(folder, *overrides, ranks=ranks))
+
+
+def drive(experiment: Experiment, home: Path, client: Client = client_app, run: str = "") -> FinishedRun:
+    """Run an experiment, or go on with a run, with clients that may misbehave; return what the store knows.
+
+    Clients are called as Flower calls a ClientApp, the server is the real one.
+    """
+    with RunStore.open(home) as store:
+        name = run or create_run(store, experiment).id
+        text = store.get_run(name).experiment
+    config = {"experiment": text, "run-id": name, "home": str(home)}
+    count = len(experiment.simulated_clients())
+    with InProcessGrid(client, [{}] * count, dict(config), experiment.simulation.workers) as grid:  # type: ignore[arg-type]
+        server_app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), dict(config)))
+    return load_run(name, home)
+
+
+def name_of(experiment: Experiment, context: Context) -> str:
+    """Tell which client a context belongs to."""
+    return list(experiment.simulated_clients())[int(context.node_config["partition-id"])]

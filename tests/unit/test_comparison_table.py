@@ -251,8 +251,10 @@ def test_the_plot_shows_means_bands_and_dashed_references() -> None:
         ("local", 0, 3.0),
         ("local", 1, 2.5),
     ]
-    (spread,) = _values(spec, band)
-    assert (spread["row"], spread["low"], spread["high"]) == ("flora", 1.5 - math.sqrt(0.5), 1.5 + math.sqrt(0.5))
+    assert [(v["row"], v["x"], v["low"], v["high"]) for v in _values(spec, band)] == [
+        ("flora", 0, 3.0, 3.0),
+        ("flora", 1, 1.5 - math.sqrt(0.5), 1.5 + math.sqrt(0.5)),
+    ]
     assert [(v["row"], v["x"], v["loss"]) for v in _values(spec, sent["layer"][1])] == [
         ("flora", 0.0, 3.0),
         ("flora", 1.0, 1.5),

@@ -1,0 +1,52 @@
+"""The global adapter a node already holds, so that it is not sent again with every order.
+
+Versions are told apart by their hash. The file is shared by all clients on this machine; the last two versions stay,
+since a late client may still work on the one before.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common.adapter import Adapter
+from common.errors import ClientError, CorruptArtefact
+from common.parcel_file import parcel_bytes, read_parcel
+from common.wire import Parcel, unseal
+
+KEPT_VERSIONS = 2
+
+
+def hold(folder: Path, parcel: Parcel) -> None:
+    """Keep a version on disk, atomically, and drop all but the last two."""
+    path = _file(folder, parcel.digest)
+    if path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.{id(parcel)}.tmp")
+    temporary.write_bytes(parcel_bytes(parcel, ""))
+    temporary.replace(path)
+    versions = sorted(folder.glob("global-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    for old in versions[KEPT_VERSIONS:]:
+        old.unlink(missing_ok=True)
+
+
+def held(folder: Path | None, version: str) -> Adapter:
+    """Read a version the server believes this node to hold.
+
+    Raises
+    ------
+    ClientError
+        If it is not there any more; the server then sends it with the next order.
+    """
+    if folder is not None and (path := _file(folder, version)).exists():
+        try:
+            return unseal(read_parcel(path)[0])
+        except CorruptArtefact as error:
+            path.unlink(missing_ok=True)
+            raise ClientError(f"{error}; the global adapter must be sent again") from None
+    raise ClientError("this node no longer holds the global adapter; it must be sent again")
+
+
+def _file(folder: Path, version: str) -> Path:
+    return folder / f"global-{version[:32]}.safetensors"
