@@ -26,8 +26,7 @@ def hold(folder: Path, parcel: Parcel) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.{id(parcel)}.tmp")
     temporary.write_bytes(parcel_bytes(parcel, ""))
     temporary.replace(path)
-    versions = sorted(folder.glob("global-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    for old in versions[KEPT_VERSIONS:]:
+    for old in sorted(folder.glob("global-*.safetensors"), key=_written, reverse=True)[KEPT_VERSIONS:]:
         old.unlink(missing_ok=True)
 
 
@@ -46,6 +45,13 @@ def held(folder: Path | None, version: str) -> Adapter:
             path.unlink(missing_ok=True)
             raise ClientError(f"{error}; the global adapter must be sent again") from None
     raise ClientError("this node no longer holds the global adapter; it must be sent again")
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another client of this machine has just dropped it
+        return 0
 
 
 def _file(folder: Path, version: str) -> Path:

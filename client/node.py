@@ -54,7 +54,7 @@ def node_of(context: Context) -> Node:
         name = clients[number][0]
     home = str(context.run_config.get("home", ""))
     run = str(context.run_config.get("run-id", ""))
-    shared = Path(home) / "runs" / run / "clients" if home else None
+    shared = Path(home) / "runs" / run / "clients" if home and run else None
     return Node(str(name), experiment, clients, shared / str(name) if shared else None, shared)
 
 

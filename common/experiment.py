@@ -17,9 +17,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 
 
 class Section(BaseModel):
-    """Base of the experiment's tables: frozen, unknown keys refused."""
+    """Base of the experiment's tables: frozen; unknown keys, infinity and NaN refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PluginChoice(Section):
@@ -92,7 +92,7 @@ class FederationSettings(Section):
         description="Share of the cohort whose valid replies a round needs (at least one reply).",
     )
     deadline_s: float = Field(3600.0, gt=0, description="Seconds a client has to answer.")
-    join_timeout_s: float = Field(60.0, gt=0, description="Seconds to wait for enough clients to be online.")
+    join_timeout_s: float = Field(300.0, gt=0, description="Seconds to wait for enough clients to be online.")
     on_failure: Literal["skip", "stop"] = Field(
         "skip", description="After a round without quorum: skip to the next one, or stop the run."
     )
@@ -132,7 +132,7 @@ class SimulationSettings(Section):
     offline: float = Field(0.0, ge=0, lt=1, description="Chance that a client is offline in a round, seeded.")
     stragglers: float = Field(0.0, ge=0, lt=1, description="Chance that a client answers late in a round, seeded.")
     straggler_delay_s: float = Field(5.0, gt=0, description="Seconds a straggler waits before it answers.")
-    client_cpus: float = Field(1.0, gt=0, description="CPUs per client (ray driver).")
+    client_cpus: int = Field(1, ge=1, description="CPUs per client (ray driver).")
     client_gpus: float = Field(0.0, ge=0, description="GPUs per client (ray driver).")
 
 
@@ -169,7 +169,7 @@ class Experiment(Section):
         try:
             experiment = cls.model_validate(dict(table))
         except ValidationError as error:
-            raise ConfigurationError(explain(error, "experiment")) from None
+            raise ConfigurationError(explain(error, "experiment", cls)) from None
         if problems := experiment.contradictions():
             raise ConfigurationError(problems)
         return experiment
@@ -180,7 +180,7 @@ class Experiment(Section):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ConfigurationError(explain(error, "experiment")) from None
+            raise ConfigurationError(explain(error, "experiment", cls)) from None
 
     def contradictions(self) -> list[str]:
         """List settings that exclude one another, in sentences."""

@@ -13,14 +13,15 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from common.errors import ConfigurationError, UnknownNameError
 
@@ -31,7 +32,7 @@ PLUGINS_VARIABLE = "LORAFLEET_PLUGINS"
 class Plugin(BaseModel):
     """Base of every plug-in: frozen options, unknown keys refused, named after its file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path_options: ClassVar[tuple[str, ...]] = ()
     """Options that may name a file or folder; a run keeps them absolute."""
@@ -113,7 +114,7 @@ class Family(Generic[T]):
         try:
             return plugin(**(options or {}))
         except ValidationError as error:
-            raise ConfigurationError(explain(error, f"{self.kind} {name}", list(plugin.model_fields))) from None
+            raise ConfigurationError(explain(error, f"{self.kind} {name}", plugin)) from None
 
     def _built_in(self) -> list[str]:
         path = importlib.import_module(self.package).__path__
@@ -144,18 +145,60 @@ def _load_file(package: str, name: str, file: Path) -> ModuleType:
     return module
 
 
-def explain(error: ValidationError, where: str, known: list[str] | None = None) -> list[str]:
-    """Turn pydantic's errors into one line each: where, what was given, what was expected."""
-    problems = []
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> list[str]:
+    """Turn pydantic's errors into one line per faulty key: where, what was expected, what was given.
+
+    Parameters
+    ----------
+    error : ValidationError
+        What pydantic found.
+    where : str
+        What was checked, for people.
+    model : type
+        The model that was to be built.
+    """
+    problems: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
+        path, known = _place(item["loc"], model)
+        given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
         if item["type"] == "extra_forbidden":
-            listed = f"; known are: {', '.join(known)}" if known else ""
-            problems.append(f"{where}: unknown key {path!r}{listed}")
+            found = f"unknown key {path!r}; known are: {', '.join(known) or 'none'}"
         elif item["type"] == "missing":
-            problems.append(f"{where}: {path} is missing")
+            found = f"{path} is missing"
+        elif path in problems:  # the same value did not fit another member of a union
+            found = f"or {_expected(item)}{given}"
+            problems[path][-1] = problems[path][-1].removesuffix(given)
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(f"{where}: {path + ': ' if path else ''}{message}{given}")
-    return problems
+            found = f"{path + ': ' if path else ''}{_expected(item)}{given}"
+        problems.setdefault(path, []).append(found)
+    return [f"{where}: {' '.join(found)}" for found in problems.values()]
+
+
+def _expected(item: ErrorDetails) -> str:
+    """Say what was expected, in TOML's words."""
+    return _EXPECTED.get(item["type"], item["msg"].removeprefix("Value error, "))
+
+
+_EXPECTED = dict.fromkeys(("dict_type", "model_type"), "Input should be a table") | {
+    "tuple_type": "Input should be a list"
+}
+
+
+def _place(location: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """Return the path of a key without pydantic's names for union members, and the keys known beside it."""
+    path: list[str] = []
+    known: list[str] = []
+    kind: Any = model
+    for part in location:
+        if inspect.isclass(kind) and issubclass(kind, BaseModel):
+            known = list(kind.model_fields)
+            field = kind.model_fields.get(str(part))
+            kind = field.annotation if field else None
+        elif part == "[key]":  # the name itself is wrong
+            continue
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif not isinstance(part, int):
+            continue
+        path.append(str(part))
+    return ".".join(path), known

@@ -18,7 +18,8 @@ from server.exchange import readable
 from server.progress import announce
 
 LOOK_EVERY_S = 0.5
-ANSWER_WITHIN_S = 30.0
+ANSWER_WITHIN_S = 300.0
+"""A node that starts up (Ray's first actors, a large model) may take minutes to say who it is."""
 
 
 @dataclass
@@ -37,11 +38,13 @@ class Nodes:
     run: str
     presences: dict[int, Presence] = field(default_factory=dict)
     silent: dict[int, str] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
 
     def online(self) -> dict[str, int]:
-        """Return node ids by client name, asking nodes that are new."""
+        """Return node ids by client name; nodes that are new are asked, and count once they have answered."""
         ids = set(self.grid.get_node_ids())
-        self._ask(ids - set(self.presences) - set(self.silent))
+        self._ask(ids - set(self.presences) - set(self.silent) - set(self.asked.values()))
+        self._listen(0)
         found: dict[str, int] = {}
         for node in sorted(ids & set(self.presences)):
             found.setdefault(self.presences[node].client, node)
@@ -64,9 +67,10 @@ class Nodes:
             online = self.online()
             ready = len(online) >= at_least and set(wanted) <= set(online)
             refused = len(online) + len(self.silent) >= max(len(wanted), 1)
-            if ready or refused or time.monotonic() >= end:
+            left = end - time.monotonic()
+            if ready or refused or left <= 0:
                 break
-            time.sleep(LOOK_EVERY_S)
+            self._listen(min(LOOK_EVERY_S, left))
         if len(online) < at_least:
             raise RunError(
                 f"{len(online)} clients joined, at least {at_least} are needed; "
@@ -78,21 +82,20 @@ class Nodes:
         reasons = sorted(set(self.silent.values()))
         return f"{len(self.silent)} could not: {'; '.join(reasons[:3])}" if reasons else ""
 
-    def _ask(self, new: set[int]) -> None:
-        if not new:
-            return
+    def _ask(self, new: Collection[int]) -> None:
         content = write_message(Query(run=self.run, fingerprint=code_fingerprint()))
         messages = [Message(content, node, MessageType.QUERY, ttl=ANSWER_WITHIN_S) for node in sorted(new)]
-        waiting = set(self.grid.push_messages(messages))
-        end = time.monotonic() + ANSWER_WITHIN_S
-        while waiting and (left := end - time.monotonic()) > 0:
-            for reply in wait_for_replies(self.grid, sorted(waiting), left):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                self._note(reply, messages)
+        self.asked |= dict(zip(self.grid.push_messages(messages), sorted(new), strict=True)) if messages else {}
 
-    def _note(self, reply: Message, messages: list[Message]) -> None:
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        node = asked[reply.metadata.reply_to_message_id]
+    def _listen(self, timeout: float) -> None:
+        """Take the answers that are there, waiting for the first one at most ``timeout`` seconds."""
+        if not self.asked:
+            time.sleep(timeout)
+            return
+        for reply in wait_for_replies(self.grid, list(self.asked), timeout):
+            self._note(reply, self.asked.pop(reply.metadata.reply_to_message_id))
+
+    def _note(self, reply: Message, node: int) -> None:
         try:
             if reply.has_error():
                 raise ClientError(readable(reply.error.code, reply.error.reason))

@@ -55,6 +55,7 @@ class Case:
             fingerprint="f",
             client="ada",
             base_version=self.state.base_version,
+            global_hash="0" * 64,
             rank=self.dispatch.rank,
             seed=self.dispatch.seed,
             trains=self.dispatch.trains,
