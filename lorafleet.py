@@ -83,6 +83,7 @@ Same = Annotated[
     str | None,
     typer.Option("--experiment", metavar="SOURCE", help="Refuse to go on if the run began with anything else."),
 ]
+AnyCode = Annotated[bool, typer.Option("--any-code", help="Go on although LoRAFleet has changed since.")]
 Vary = Annotated[
     list[str], typer.Option("--vary", metavar="KEY=V1,V2", help="Values to compare; repeatable. Seeds are averaged.")
 ]
@@ -152,6 +153,7 @@ def resume(
     from_round: FromRound = None,
     source: Same = None,
     settings: Settings = None,
+    any_code: AnyCode = False,
     home: Home = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -163,7 +165,7 @@ def resume(
     """
     from simulations import verbs
 
-    return verbs.resume(run, rounds, from_round, source, settings or [], _output(home, as_json, quiet))
+    return verbs.resume(run, rounds, from_round, source, settings or [], any_code, _output(home, as_json, quiet))
 
 
 @app.command()

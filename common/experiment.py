@@ -31,6 +31,18 @@ class PluginChoice(Section):
     )
 
 
+class AdapterChoice(PluginChoice):
+    """The adapter method."""
+
+    name: Name = Field("lora", description="File name of the plug-in, without .py.")
+
+
+class StrategyChoice(PluginChoice):
+    """The aggregation strategy."""
+
+    name: Name = Field("flora", description="File name of the plug-in, without .py.")
+
+
 class ClientSettings(Section):
     """One simulated client. On a real node its own client.toml takes this place."""
 
@@ -142,13 +154,11 @@ class Experiment(Section):
     name: Name = Field("experiment", description="Short name; part of the run's id.")
     seed: int = Field(0, ge=0, description="Every random choice of the run derives from it.")
     task: PluginChoice = Field(description="Data, base model, loss and evaluation.")
-    adapter: PluginChoice = Field(
-        default_factory=lambda: PluginChoice(name="lora"),
+    adapter: AdapterChoice = Field(
+        default_factory=AdapterChoice,
         description="How an adapter is attached and trained.",
     )
-    strategy: PluginChoice = Field(
-        default_factory=lambda: PluginChoice(name="flora"), description="How the server merges adapters."
-    )
+    strategy: StrategyChoice = Field(default_factory=StrategyChoice, description="How the server merges adapters.")
     clients: dict[Name, ClientSettings] = Field(
         default_factory=dict, description="Simulated clients by name: [clients.NAME]."
     )
@@ -200,13 +210,15 @@ class Experiment(Section):
             found.append("simulation.ranks belongs to simulation.clients; give each [clients.NAME] its rank instead")
         if any(rank < 1 for rank in simulation.ranks):
             found.append(f"simulation.ranks holds {min(simulation.ranks)}; ranks are at least 1")
-        unknown = {name for c in self.clients.values() for name in c.pool} - set(self.clients)
-        if unknown:
+        pooled = {name for client in self.clients.values() for name in client.pool}
+        if unknown := pooled - set(self.clients):
             found.append(f"a client's pool names unknown clients: {', '.join(sorted(unknown))}")
+        if nested := [name for name in pooled & set(self.clients) if self.clients[name].pool]:
+            found.append(f"a client's pool names clients that are pools themselves: {', '.join(sorted(nested))}")
         if self.clients and not any(client.trains for client in self.clients.values()):
             found.append("no client trains; set trains = true for at least one")
         if federation.patience and not self.evaluation.on:
-            found.append('federation.patience needs evaluation.on = ["clients"]')
+            found.append('federation.patience needs evaluations; set evaluation.on = ["clients"]')
         return found
 
     def simulated_clients(self) -> dict[str, ClientSettings]:

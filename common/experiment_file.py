@@ -53,7 +53,7 @@ def carried_experiment(text: str) -> Experiment:
 def read_table(source: str) -> Table:
     """Read the nested tables of a preset or a TOML file, unchecked."""
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if source not in preset_names():
             raise UnknownNameError("preset", source, preset_names(), "or give the path of a .toml file")
         path = PRESETS / f"{source}.toml"

@@ -20,6 +20,24 @@ from common.lowrank import LowRank, Update
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
+NOT_PLAIN = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+"""Settings of PEFT's LoRA that change what the factors mean, or add to them."""
+
+BASE_CHANGING = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""Initialisations that take something out of the base weights; their factors belong to what is left of them."""
+
 
 def read_adapter(place: Path) -> Adapter:
     """Read an adapter from a PEFT folder or a LoRAFleet adapter file.
@@ -43,8 +61,8 @@ def _read_folder(folder: Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} is no readable PEFT folder ({error}); expected {CONFIG} and {WEIGHTS}") from None
-    if raw.get("peft_type") != "LORA" or raw.get("use_dora"):
-        raise DataError(f"{folder} holds {raw.get('peft_type')} weights; only plain LoRA can be taken over")
+    if reason := _not_plain(raw):
+        raise DataError(f"{folder} holds {reason}; only plain LoRA can be taken over")
     layers: dict[str, Update] = {}
     extras: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -65,10 +83,24 @@ def _read_folder(folder: Path) -> Adapter:
     return Adapter.pack(layers, extras)
 
 
+def _not_plain(config: object) -> str:
+    """Say what makes a configuration more than plain LoRA; empty if nothing does."""
+    if not isinstance(config, dict):
+        return "no adapter configuration"
+    if config.get("peft_type") != "LORA":
+        return f"{config.get('peft_type')} weights"
+    if config.get("bias", "none") != "none":
+        return f"trained biases (bias {config['bias']!r})"
+    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING):
+        return f"factors for changed base weights (init_lora_weights {config['init_lora_weights']!r})"
+    return next((f"LoRA with {key}" for key in NOT_PLAIN if config.get(key)), "")
+
+
 def layer_scaling(config: Mapping[str, object], layer: str, rank: int) -> float:
     """Return the factor PEFT applies to one layer, from a configuration's alpha, patterns and rsLoRA flag."""
     patterns = config.get("alpha_pattern") or {}
-    assert isinstance(patterns, Mapping)
+    if not isinstance(patterns, Mapping):
+        raise DataError(f"alpha_pattern is {patterns!r}; expected a table of layers")
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise DataError(f"layer {layer} has lora_alpha {alpha!r}; expected a number")

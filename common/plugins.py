@@ -190,12 +190,12 @@ def _place(location: Sequence[str | int], model: type[BaseModel]) -> tuple[str, 
     known: list[str] = []
     kind: Any = model
     for part in location:
+        if part == "[key]":  # what was to be a key is itself the fault
+            break
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             known = list(kind.model_fields)
             field = kind.model_fields.get(str(part))
             kind = field.annotation if field else None
-        elif part == "[key]":  # the name itself is wrong
-            continue
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif not isinstance(part, int):

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common.experiment import ClientSettings, Experiment, Section
+from common.experiment import ClientSettings, Experiment, PluginChoice, Section
 from common.methods import METHODS
 from common.plugins import Family
 from common.tasks import TASKS
@@ -45,7 +45,7 @@ def page() -> str:
     parts = [HEAD, "## Top level\n", table(Experiment)]
     for name, field in Experiment.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section) and kind.__name__ != "PluginChoice":
+        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, PluginChoice):
             parts += [f"## [{name}]\n", table(kind)]
     parts += ["## [clients.NAME]\n", _first_line(ClientSettings) + "\n", table(ClientSettings)]
     for section, family in FAMILIES:
@@ -71,12 +71,7 @@ def table(model: type[BaseModel]) -> str:
 
 def values(field: FieldInfo) -> str:
     """Describe what a field takes, with its bounds."""
-    bounds = []
-    for bound in field.metadata:
-        for sign, attribute in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le")):
-            if getattr(bound, attribute, None) is not None:
-                bounds.append(f"{sign} {getattr(bound, attribute)}")
-    return " ".join([_kind(field.annotation), *bounds])
+    return " ".join([_kind(field.annotation), *_bounds(field.metadata)])
 
 
 def default(field: FieldInfo) -> str:
@@ -91,8 +86,19 @@ def default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
+def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
+    for bound in metadata:
+        for sign, attribute in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le")):
+            if getattr(bound, attribute, None) is not None:
+                yield f"{sign} {getattr(bound, attribute)}"
+
+
 def _kind(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        kind, *fields = get_args(annotation)
+        bounds = [bound for field in fields if isinstance(field, FieldInfo) for bound in _bounds(field.metadata)]
+        return " ".join([_kind(kind), *bounds])
     if origin is Literal:
         return " · ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.errors import LoRAFleetError
 from common.experiment import Experiment
 from common.experiment_file import carried_experiment
-from common.fingerprint import code_fingerprint
+from common.fingerprint import run_fingerprint
 from common.home import default_home
 from common.store import Run, RunLock, RunStatus, RunStore
 from common.workspace import method_of, model_spec
@@ -58,7 +58,7 @@ def create_run(store: RunStore, experiment: Experiment) -> Run:
         seed=experiment.seed,
         experiment=experiment.model_dump_json(),
         rounds_planned=experiment.federation.rounds,
-        fingerprint=code_fingerprint(),
+        fingerprint=run_fingerprint(),
     )
 
 

@@ -71,7 +71,7 @@ def _table(name: str, values: Table) -> str:
     kind = Experiment.model_fields[name].annotation
     if name == "clients":
         return _clients(values)
-    if kind is PluginChoice:
+    if isinstance(kind, type) and issubclass(kind, PluginChoice):
         return _plugin(name, values)
     assert isclass(kind) and issubclass(kind, Section)
     return f"[{name}]\n{_keys(settings_of_model(kind), values)}"

@@ -11,7 +11,7 @@ from flwr.app import Context, RecordDict
 
 from common.errors import ConfigurationError, RunError, UserError
 from common.experiment import Experiment, differences
-from common.fingerprint import code_fingerprint
+from common.fingerprint import run_fingerprint
 from common.home import default_home
 from common.store import Metric, Round, Run, RunLock, RunStatus, RunStore, is_locked
 from common.workspace import choose_device, cores
@@ -96,6 +96,7 @@ def resume(
     rounds: int | None = None,
     experiment: Experiment | None = None,
     from_round: int | None = None,
+    any_code: bool = False,
 ) -> FinishedRun:
     """Go on with an interrupted or failed run, or extend a finished one.
 
@@ -111,6 +112,8 @@ def resume(
         What the user believes the run to be; refused if it differs from what the run began with.
     from_round : int, optional
         Forget the rounds after this one and go on from there.
+    any_code : bool
+        Go on although the code has changed since the run began.
 
     Raises
     ------
@@ -121,7 +124,7 @@ def resume(
     with RunStore.open(place) as store:
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
-            begun = _checked(run, experiment)
+            begun = _checked(run, experiment, any_code)
             if from_round is not None:
                 run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds
@@ -136,16 +139,16 @@ def resume(
     return _drive(run, begun, place)
 
 
-def _checked(run: Run, experiment: Experiment | None) -> Experiment:
+def _checked(run: Run, experiment: Experiment | None, any_code: bool) -> Experiment:
     begun = Experiment.from_json(run.experiment)
     if experiment is not None and (changed := differences(begun, experiment)):
         raise ConfigurationError(
             [f"the experiment is not what run {run.id} began with; start a new run, or resume without it", *changed]
         )
-    if run.fingerprint != code_fingerprint():
+    if run.fingerprint != run_fingerprint() and not any_code:
         raise UserError(
-            f"run {run.id} was begun by other code ({run.fingerprint}, this is {code_fingerprint()}); "
-            "resume it with that version, or start a new run"
+            f"run {run.id} was begun by other code ({run.fingerprint}, this is {run_fingerprint()}); "
+            "resume it with that version, or with --any-code, which gives up the promise of equal bits"
         )
     return begun
 

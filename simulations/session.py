@@ -46,12 +46,12 @@ class Watch:
 
     def __call__(self, step: Progress) -> None:
         """Follow one step; a run of other processes is followed in the store."""
-        self.shown(step)
         if step.kind == "run_started":
             self.close()
             self.run = step.data["run"]
             if step.data["driver"] == "ray":
                 self._followed.enter_context(following(self.home, self.run, self.shown))
+        self.shown(step)
 
     def close(self) -> None:
         """Stop following."""

@@ -159,7 +159,8 @@ def outcome_view(summary: Summary) -> RenderableType:
 
 def print_next(console: Console, summary: Summary, home: str = "") -> None:
     """Say what to type next, in lines that can be copied; ``home`` is the ``--home`` the user gave, if any."""
-    run, trained = summary["id"], summary["rounds_done"] > 0
+    run = summary["id"]
+    trained = any(row["round"] and row["status"] == "committed" for row in summary["rounds"])
     if summary["status"] == "completed":
         commands = [f"runs show {run}", f"export {run} --best --format peft --out adapter"]
         commands.append(f"resume {run} --rounds {summary['rounds_planned'] * 2}")

@@ -61,7 +61,13 @@ def simulate(source: str, overrides: list[str], output: Output) -> int:
 
 
 def resume(
-    run: str, rounds: int | None, from_round: int | None, source: str | None, overrides: list[str], output: Output
+    run: str,
+    rounds: int | None,
+    from_round: int | None,
+    source: str | None,
+    overrides: list[str],
+    any_code: bool,
+    output: Output,
 ) -> int:
     """Go on with a run."""
     from common.experiment_file import load_experiment
@@ -74,7 +80,7 @@ def resume(
     def begin() -> None:
         from simulations.run import resume
 
-        resume(run, output.home, rounds=rounds, experiment=experiment, from_round=from_round)
+        resume(run, output.home, rounds, experiment, from_round, any_code)
 
     return run_session(begin, output)
 
@@ -87,7 +93,7 @@ def compare(
 
     try:
         with watching(output, whole_rounds=False):
-            from simulations.compare import compare
+            from simulations.comparison.compare import compare
 
             comparison = compare(source, overrides, vary, out, home, references)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from peft import LoraConfig
 from pydantic import Field
@@ -39,7 +39,7 @@ class Lora(AdapterMethod):
         description="LoRA's alpha; none: 2 × rank (2 × √rank with rslora), so that all ranks learn at scale 2.",
     )
     rslora: bool = Field(False, description="Scale by alpha / √rank instead of alpha / rank.")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = Field(
         ("q_proj", "v_proj"),
         description='Module names (or their ends) that get an adapter; "all-linear": every linear layer.',
     )

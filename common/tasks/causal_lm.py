@@ -101,7 +101,8 @@ class CausalLm(Task):
         if precision == "4bit":
             settings = {"quantization_config": _four_bit(), "device_map": "auto"}
         load = AutoModelForCausalLM.from_pretrained
-        return cast(nn.Module, _loaded(load, self.base_place, config=self._config(), **settings))
+        place, revision = self.base_place, self.revision
+        return cast(nn.Module, _loaded(load, place, config=self._config(), revision=revision, **settings))
 
     def architecture(self) -> nn.Module:
         """Build the model on torch's meta device from its configuration alone."""
@@ -227,9 +228,9 @@ def _loaded(load: Any, place: str, **settings: Any) -> Any:
     """Call one of transformers' loaders, with its failures in one line."""
     try:
         return load(place, **settings)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"base model {place!r} cannot be loaded: {reason}") from None
+    except Exception as error:  # they raise every kind of error: network, formats, shapes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"base model {place!r} cannot be loaded: {reason[0]}") from error
 
 
 def _four_bit() -> Any:

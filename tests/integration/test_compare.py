@@ -11,8 +11,8 @@ import pytest
 
 from common.store import RunStore
 from server.progress import Progress, listening
-from simulations.compare import compare
-from simulations.comparison_report import Comparison
+from simulations.comparison.compare import compare
+from simulations.comparison.report import Comparison
 from tests.tiny import write_texts
 
 STRATEGIES, SEEDS, OWNERS = ("flora", "ffa_lora"), (0, 1), {"ada": 2, "dot": 4}

@@ -13,17 +13,17 @@ import pytest
 from common.errors import ConfigurationError, DataError, RunError, StoreError
 from common.experiment import Experiment
 from common.experiment_file import load_experiment
-from common.fingerprint import code_fingerprint
+from common.fingerprint import run_fingerprint
 from common.store import Metric, Round, RunStatus, RunStore
 from common.tasks import clients_key
 from common.text.partition import Partition
 from common.text.shares import TextSource, client_share
 from server.progress import listening
-from simulations import compare as compare_module
-from simulations.compare import compare, configuration_hash, run_before
-from simulations.comparison_cells import Cell, Variation, federated_cells, parse_vary
-from simulations.comparison_references import centralised, federation, local, reference_cells
-from simulations.comparison_rows import (
+from simulations.comparison import compare as compare_module
+from simulations.comparison.cells import Cell, Variation, federated_cells, parse_vary
+from simulations.comparison.compare import compare, configuration_hash, run_before
+from simulations.comparison.references import centralised, federation, local, reference_cells
+from simulations.comparison.rows import (
     Estimate,
 )
 from simulations.run import load_run
@@ -266,7 +266,7 @@ def _add_run(home: Path, run: str, experiment: Experiment, status: RunStatus, co
             seed=experiment.seed,
             experiment=experiment.model_dump_json(),
             rounds_planned=experiment.federation.rounds,
-            fingerprint=code_fingerprint() if code is None else code,
+            fingerprint=run_fingerprint() if code is None else code,
         )
         store.set_status(run, status)
 

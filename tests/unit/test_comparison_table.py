@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from common.store import ClientRound, Metric, Round
-from simulations.comparison_plot import PALETTE, draw, plot, row_colours
-from simulations.comparison_report import COLUMNS, Comparison, Machine, write_report
-from simulations.comparison_rows import (
+from simulations.comparison.plot import PALETTE, draw, plot, row_colours
+from simulations.comparison.report import COLUMNS, Comparison, Machine, write_report
+from simulations.comparison.rows import (
     MEASURES,
     Estimate,
     Outcome,

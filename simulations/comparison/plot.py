@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from simulations.comparison_rows import CurvePoint, Point, Row, has_losses
+from simulations.comparison.rows import CurvePoint, Point, Row, has_losses
 
 # Okabe and Ito's colours (without yellow, which is too light for a line), then Paul Tol's "muted" ones: both are
 # told apart with any colour vision. References are grey and black.

@@ -20,7 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simulations.comparison_rows import MEASURES, Estimate, Row, has_losses
+from simulations.comparison.rows import MEASURES, Estimate, Row, has_losses
 
 MISSING = "–"
 

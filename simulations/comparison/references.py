@@ -15,7 +15,7 @@ from common.experiment_file import load_experiment
 from common.tasks import clients_key
 from common.workspace import method_of, task_of
 from server.cohort import evaluation_cohort, training_cohort
-from simulations.comparison_cells import SEED, Cell
+from simulations.comparison.cells import SEED, Cell
 
 CENTRALISED, LOCAL = "centralised", "local"
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from common.errors import ConfigurationError, RunError, StoreError, UserError
 from common.experiment import Experiment
-from common.fingerprint import code_fingerprint
+from common.fingerprint import run_fingerprint
 from common.store import Run, RunStore
 from server.progress import announce
-from simulations.comparison_cells import Cell, federated_cells, parse_vary
-from simulations.comparison_plot import draw
-from simulations.comparison_references import federation, held_out_examples, reference_cells
-from simulations.comparison_report import Comparison, this_machine, write_report
-from simulations.comparison_rows import Outcome, Row, Trouble, alone, outcome_of
+from simulations.comparison.cells import Cell, federated_cells, parse_vary
+from simulations.comparison.plot import draw
+from simulations.comparison.references import federation, held_out_examples, reference_cells
+from simulations.comparison.report import Comparison, this_machine, write_report
+from simulations.comparison.rows import Outcome, Row, Trouble, alone, outcome_of
 from simulations.places import with_fixed_places
 from simulations.run import resume, simulate
 
@@ -92,7 +92,7 @@ def compare(
     comparison = Comparison(
         command=_command(source, overrides, vary, out, home, references),
         seeds=tuple(seeds),
-        fingerprint=code_fingerprint(),
+        fingerprint=run_fingerprint(),
         machine=this_machine(),
         home=place.absolute(),
         rows=_rows(results, examples),
@@ -110,7 +110,7 @@ def configuration_hash(experiment: Experiment) -> str:
 
 def run_before(experiment: Experiment, home: Path) -> Run | None:
     """Find the run of an experiment by the code of today: a completed one, or else one to go on with."""
-    wanted, code = configuration_hash(experiment), code_fingerprint()
+    wanted, code = configuration_hash(experiment), run_fingerprint()
     with RunStore.open(home) as store:
         same = [
             run

@@ -1,0 +1,1 @@
+"""Comparisons: one run per combination of settings, gathered into a table and a plot."""
