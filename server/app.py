@@ -106,10 +106,9 @@ def coordinate(grid: Grid, store: RunStore, run: Run) -> None:
     store.set_status(run.id, "running")
     state = journal.restore(spec)
     first = 0 if state is None else run.rounds_done + 1
-    waited = run.rounds_done - (run.best_round or 0)
     if state is None:
         state = initial_state(experiment, strategy, spec)
-    state = run_rounds(federation, state, first, run.best_metric, waited)
+    state = run_rounds(federation, state, first, run.best_metric, run.best_round)
     journal.publish(state)
     store.set_status(run.id, "completed")
     announce("run_finished", f"run {run.id} completed", state.round)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from common.errors import RunError
+from common.experiment import Experiment
 from common.federation import ServerState
 from common.workspace import cpu_threads
 from server.certificate import write_certificate
@@ -25,7 +26,9 @@ from server.progress import announce
 from server.training import Collection, training_phase
 
 
-def run_rounds(federation: Federation, state: ServerState, first: int, best: float | None, waited: int) -> ServerState:
+def run_rounds(
+    federation: Federation, state: ServerState, first: int, best: float | None = None, best_round: int | None = None
+) -> ServerState:
     """Run the rounds that are left.
 
     Parameters
@@ -36,10 +39,10 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
         After the last committed round, or fresh.
     first : int
         Round to begin with; 0 evaluates the untrained model.
-    best : float or None
+    best : float, optional
         Best loss so far.
-    waited : int
-        Rounds since then.
+    best_round : int, optional
+        Round that had it.
 
     Returns
     -------
@@ -54,13 +57,14 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
     settings = federation.experiment.federation
     federation.nodes.wait_for(federation.clients, settings.cohort_size or 1, settings.join_timeout_s)
     for number in range(first, settings.rounds + 1):
-        if settings.patience is not None and waited >= settings.patience:
-            announce("notice", f"stopped: {waited} rounds without a better loss (federation.patience)", number - 1)
+        if out_of_patience(federation.experiment, number - 1, best_round):
+            words = f"stopped: {settings.patience} rounds without a better loss (federation.patience)"
+            announce("notice", words, number - 1)
             break
         record, state = run_round(federation, state, number)
         loss = best_metric(record)
         improved = loss is not None and (best is None or loss < best)
-        best, waited = (loss, 0) if improved else (best, waited + (number > 0))
+        best, best_round = (loss, number) if improved else (best, best_round)
         record.repeated = record.status == "failed" and settings.on_failure == "stop"
         federation.journal.commit(record, state, improved)
         _announce_end(record, federation)
@@ -69,6 +73,12 @@ def run_rounds(federation: Federation, state: ServerState, first: int, best: flo
     if state.round == 0:
         raise RunError("no round brought a valid reply, so nothing was trained; see the reasons above")
     return state
+
+
+def out_of_patience(experiment: Experiment, done: int, best_round: int | None) -> bool:
+    """Tell whether ``federation.patience`` ends a run after ``done`` rounds."""
+    patience = experiment.federation.patience
+    return patience is not None and done - (best_round or 0) >= patience
 
 
 def run_round(federation: Federation, state: ServerState, number: int) -> tuple[RoundRecord, ServerState]:

@@ -162,7 +162,8 @@ class ProgressBars:
         elif step.kind == "round_started":
             self._opening = ""
         elif step.kind == "notice":
-            self.console.print(f"[yellow]note:[/] {escape(step.text)}")
+            mark = "[yellow]note:[/] " if self.whole_rounds else ""
+            self.console.print(mark + escape(step.text))
         elif step.kind == "left_out" and self.whole_rounds:
             self.console.print(f"[yellow]round {step.round}:[/] {escape(step.text)}")
         elif step.kind == "round_failed":

@@ -19,6 +19,7 @@ from server.app import create_run
 from server.journal import rewind
 from server.plan import make_plan, rank_summary
 from server.progress import announce
+from server.rounds import out_of_patience
 from simulations.places import with_fixed_places
 
 
@@ -131,6 +132,8 @@ def resume(
             extended = rounds is not None or from_round is not None
             if run.status == "completed" and (wanted <= run.rounds_done or not extended):
                 raise UserError(f"run {run.id} has done its {run.rounds_done} rounds; extend it with --rounds N")
+            if run.status == "completed" and out_of_patience(begun, run.rounds_done, run.best_round):
+                raise UserError(f"run {run.id} was ended by federation.patience; start a new run with more of it")
             if wanted < run.rounds_done:
                 raise UserError(f"run {run.id} has done {run.rounds_done} rounds already; --rounds must be more")
             federation = begun.federation.model_copy(update={"rounds": wanted})

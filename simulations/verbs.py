@@ -105,10 +105,10 @@ def compare(
 
 def export(run: str, out: Path, form: Format, number: int | None, best: bool, output: Output) -> int:
     """Write a run's adapter for somebody else."""
-    from server.export import export
-
     if best and number is not None:
         raise UserError("--round and --best exclude one another; give one")
+    from server.export import export
+
     path = export(run, output.home, out, form, round=number, best=best)
     output.show({"path": str(path.absolute()), "format": form}, f"written: {path}")
     return 0

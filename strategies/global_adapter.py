@@ -1,17 +1,15 @@
-"""The global adapter: the exact sum of all updates merged so far.
+"""The global adapter: the sum of all updates merged so far.
 
-Per layer, factors are put side by side and recompressed by QR in float64, which drops nothing but rounding,
-until ``R (out + in) ≥ out · in``; from then on the layer is a dense float32 *sum*. Base weights are never
-added to. A cap on rank or energy keeps the factors thin at the cost of a recorded share of the squared norm;
-where capped factors would be no smaller than the matrix, the layer becomes dense and loses nothing.
+Per layer, factors are put side by side, which rounds nothing, until ``R (out + in) ≥ out · in``; from then on the
+layer is a dense float32 *sum*. Base weights are never added to. A cap on rank or energy keeps the factors thin: each
+round's sum is refactored by QR in float64, at the cost of a recorded share of the squared norm; where capped factors
+would be no smaller than the matrix, the layer becomes dense and loses nothing.
 """
 
 from __future__ import annotations
 
-import torch
-
 from common.adapter import Adapter
-from common.lowrank import Dense, LowRank, Update, add, kept_rank, resolution
+from common.lowrank import Dense, LowRank, Update, add
 
 
 def compact(update: LowRank) -> Update:
@@ -19,9 +17,7 @@ def compact(update: LowRank) -> Update:
 
     The sum is the same; the factors it was stacked from cannot be read off any more.
     """
-    if pays(update):
-        return update.truncate()[0]
-    return Dense(update.dense())
+    return update.truncate()[0] if pays(update) else Dense(update.dense())
 
 
 def pays(update: LowRank) -> bool:
@@ -34,6 +30,9 @@ def grow(
     total: Adapter, update: Adapter, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapter, float]:
     """Add one round's merged update to the global adapter.
+
+    Without a cap the update's factors are sent to all clients as they are: `compact` those that some owner would
+    recognise. With one, the sum is refactored here, once, and the update may be a plain stack.
 
     Parameters
     ----------
@@ -51,13 +50,16 @@ def grow(
         the layers that grew, in [0, 1).
     """
     layers: dict[str, Update] = dict(total.layers)
-    lost = whole = 0.0
+    shares: dict[str, float] = {}
     for name, part in update.layers.items():
         joined = add(layers[name], part) if name in layers else part
-        layers[name], discarded, squared = _recompressed(joined, rank, energy)
-        lost, whole = lost + discarded, whole + squared
+        layers[name], shares[name] = _bounded(joined, rank, energy)
     used = {name: layer for name, layer in layers.items() if not (isinstance(layer, LowRank) and layer.rank == 0)}
-    return Adapter.pack(used, method=total.method), lost / whole if lost else 0.0
+    grown = Adapter.pack(used, method=total.method)
+    if not any(shares.values()):
+        return grown, 0.0
+    squares = {name: layers[name].norm() ** 2 / (1 - share) for name, share in shares.items()}
+    return grown, sum(shares[name] * square for name, square in squares.items()) / sum(squares.values())
 
 
 def change(after: Adapter, before: Adapter) -> Adapter:
@@ -69,19 +71,9 @@ def change(after: Adapter, before: Adapter) -> Adapter:
     return Adapter.pack(layers, method=after.method)
 
 
-def _recompressed(joined: Update, rank: int | None, energy: float | None) -> tuple[Update, float, float]:
-    """Return the layer in its smaller form, the squared norm its caps discard, the squared norm before."""
+def _bounded(joined: Update, rank: int | None, energy: float | None) -> tuple[Update, float]:
+    """Return the layer in its smaller form, and the share of its squared norm that the caps discard."""
     if isinstance(joined, Dense):
-        return joined, 0.0, joined.norm() ** 2
-    if rank is None and energy is None and joined.rank >= min(joined.shape):
-        return Dense(joined.dense()), 0.0, 0.0
-    svd = joined.svd()
-    square = svd.s.square()
-    dtype = torch.promote_types(joined.a.dtype, torch.float32)
-    noise = resolution(dtype, joined.shape)
-    significant = kept_rank(svd.s, None, None, noise)
-    keep = kept_rank(svd.s, rank, energy, noise)
-    kept = svd.factors(keep, dtype)
-    if not pays(kept):
-        return Dense(joined.dense()), 0.0, float(square.sum())
-    return kept, float(square[keep:significant].sum()), float(square.sum())
+        return joined, 0.0
+    kept, share = (joined, 0.0) if rank is None and energy is None else joined.truncate(rank, energy)
+    return (kept, share) if pays(kept) else (Dense(joined.dense()), 0.0)

@@ -112,7 +112,14 @@ class CausalLm(Task):
             return cast(nn.Module, AutoModelForCausalLM.from_config(self._config()))
 
     def check_data(self, clients: Clients, seed: int) -> list[str]:
-        """Read and share out all documents, without tokenising them."""
+        """Read and share out all documents, without tokenising them; see that the model can take the rows."""
+        tokenizer_of(self.base_place, self.revision)
+        limit = getattr(self._config(), "max_position_embeddings", None)
+        if limit is not None and self.sequence_length > limit:
+            raise ConfigurationError(
+                f"task.options.sequence_length {self.sequence_length} is too long: {self.base_model} sees "
+                f"at most {limit} tokens"
+            )
         for name, _ in clients:
             client_share(self._source, name, clients, seed)
         if self.public is not None:
@@ -209,10 +216,19 @@ def _public_rows(task: CausalLm) -> TextRows:
 
 @lru_cache(maxsize=2)
 def tokenizer_of(place: str, revision: str | None) -> Any:
-    """Load a model's tokenizer once per process."""
+    """Load a model's tokenizer once per process.
+
+    Raises
+    ------
+    DataError
+        If there is none that knows any text and how a text ends.
+    """
     from transformers import AutoTokenizer
 
-    return _loaded(AutoTokenizer.from_pretrained, place, revision=revision)
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, place, revision=revision)
+    if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None:
+        raise DataError(f"base model {place!r} has no tokenizer with an end-of-text token; add its tokenizer files")
+    return tokenizer
 
 
 def _token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def client_share(source: TextSource, client: str, clients: Clients, seed: int) -
             tuple(document for member in members for document in member.held_out),
         )
     if source.source is None:
-        return _split(_own_documents(source, client, settings[client]), source, seed)
+        return _split(client, _own_documents(source, client, settings[client]), source, seed)
     with _lock:
         shares = _partitioned(source, clients, seed)
     return shares[client]
@@ -96,7 +96,7 @@ def _partitioned(source: TextSource, clients: Clients, seed: int) -> Mapping[str
         parts = partition(documents, source.partition, list(keys.values()), seed)
     else:
         parts = partition(documents, source.partition, list(keys), seed)
-    return {client: _split(part, source, seed) for client, part in zip(keys, parts, strict=True)}
+    return {client: _split(client, part, source, seed) for client, part in zip(keys, parts, strict=True)}
 
 
 def pieces(document: Document, length: int) -> list[Document]:
@@ -121,6 +121,9 @@ def _own_documents(source: TextSource, client: str, settings: ClientSettings) ->
         raise DataError(f"client {client}: {error}") from None
 
 
-def _split(documents: list[Document], source: TextSource, seed: int) -> Share:
-    train, held_out = split(documents, source.held_out, seed)
+def _split(client: str, documents: list[Document], source: TextSource, seed: int) -> Share:
+    try:
+        train, held_out = split(documents, source.held_out, seed)
+    except DataError as error:
+        raise DataError(f"client {client}: {error}") from None
     return Share(tuple(train), tuple(held_out))

@@ -72,7 +72,7 @@ class FLoRA(AggregationStrategy):
         layers: dict[str, Update] = {}
         for name, parts in by_layer(accumulated).items():
             stacked = stack(list(parts.values()), [weights[client] for client in parts])
-            layers[name] = compact(stacked) if self.is_exact() else stacked.truncate()[0]
+            layers[name] = compact(stacked) if self.is_exact() else stacked
         merged = Adapter.pack(layers, method=state.spec.method)
         total, discarded = grow(state.global_adapter, merged, self.global_rank, self.global_energy)
         return ServerState(

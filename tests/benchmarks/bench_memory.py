@@ -54,9 +54,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         one(sys.argv[1], int(sys.argv[2]))
         return
-    rows = [
-        [name, *(in_fresh_process([__file__, name, str(clients)]) for clients in COHORTS)] for name in STRATEGIES
-    ]
+    rows = [[name, *(in_fresh_process([__file__, name, str(clients)]) for clients in COHORTS)] for name in STRATEGIES]
     report(
         "memory",
         "Coordinator memory of linear strategies",

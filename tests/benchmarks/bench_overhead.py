@@ -103,9 +103,17 @@ def ours(width: int) -> float:
     strategy, journal = aggregation_strategy("fedavg"), MemoryJournal()
     with InProcessGrid(client_app(spec), [{}] * CLIENTS, {}, 2) as grid:
         federation = Federation(
-            "bench", experiment, strategy, experiment.simulated_clients(), spec, RANK, grid, Nodes(grid, "bench"), journal
+            "bench",
+            experiment,
+            strategy,
+            experiment.simulated_clients(),
+            spec,
+            RANK,
+            grid,
+            Nodes(grid, "bench"),
+            journal,
         )
-        run_rounds(federation, strategy.init(spec), 1, None, 0)
+        run_rounds(federation, strategy.init(spec), 1)
     return statistics.median(b - a for a, b in zip(journal.ends[1:], journal.ends[2:], strict=False)) / CLIENTS
 
 

@@ -16,15 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
-def seconds(work: Callable[[], object], repeats: int = 5, warm_up: int = 1) -> float:
-    """Return the median wall time of ``work``, in seconds."""
+def seconds(
+    work: Callable[[], object], repeats: int = 5, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the median time of ``work`` by a clock, wall time unless said, in seconds."""
     for _ in range(warm_up):
         work()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return statistics.median(taken)
 
 
@@ -49,7 +51,8 @@ def report(name: str, title: str, text: str, header: Sequence[str], rows: Sequen
     """Print a table and write it to ``docs/results/<name>.md`` with command, date and machine."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows]]
     table = "\n".join(lines)
-    page = f"# {title}\n\n{text}\n\n{table}\n\n`python tests/benchmarks/bench_{name}.py`, {_machine()}\n"
+    command = " ".join(["python", f"tests/benchmarks/bench_{name}.py", *sys.argv[1:]])
+    page = f"# {title}\n\n{text}\n\n{table}\n\n`{command}`, {_machine()}\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     sys.stdout.write(f"\n{title}\n{table}\n")
@@ -59,7 +62,11 @@ def _machine() -> str:
     from importlib.metadata import version
 
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     cores = len(os.sched_getaffinity(0))

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from common.errors import StoreError
 from common.store import RunStore
 from simulations.settings_help import toml_value
 from tests.tiny import tiny_table
@@ -27,6 +26,14 @@ PROGRAM = [str(Path(sysconfig.get_path("scripts")) / "lorafleet")]
 MODULE = [sys.executable, "-m", "lorafleet"]
 SHORT = ["--set", "training.steps=1", "--set", "federation.rounds=1", "--set", "task.options.eval_rows=2"]
 PATIENCE_S = 120
+
+LISTING_MODULES = """
+import sys, lorafleet
+try:
+    lorafleet.main()
+finally:
+    print(*sys.modules)
+"""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,7 @@ def done(place: Path) -> Ended:
 
 
 def test_help_needs_none_of_the_heavy_libraries(tmp_path: Path) -> None:
-    code = "import sys, lorafleet; sys.argv[1:] = ['simulate', '--help']\ntry: lorafleet.main()\nfinally: print(*sys.modules)"
-    ended = call(tmp_path, "-c", code, program=[sys.executable])
+    ended = call(tmp_path, "-c", LISTING_MODULES, "simulate", "--help", program=[sys.executable])
     assert ended.code == 0
     assert "--driver" in ended.out
     loaded = {name.partition(".")[0] for name in ended.out.split()}
@@ -171,9 +177,6 @@ def test_runs_are_listed_shown_and_deleted(place: Path, done: Ended) -> None:
 
 def test_a_finished_run_is_extended_and_exported(place: Path, done: Ended) -> None:
     run = done.values["id"]
-    again = call(place, "resume", run, "--json")
-    assert (again.code, again.out) == (2, "")
-    assert "extend it with --rounds N" in again.err
     longer = call(place, "resume", run, "--rounds", "3", "--json").values
     assert [row["round"] for row in longer["rounds"]] == [0, 1, 2, 3]
     assert longer["rounds"][:3] == done.values["rounds"]
@@ -228,15 +231,10 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
 # ---- a file of one's own
 
 
-def test_a_new_file_is_planned_and_simulated(tmp_path: Path) -> None:
+def test_a_new_file_is_simulated_as_it_is(tmp_path: Path) -> None:
     text = call(tmp_path, "new", "causal_lm").out
     (tmp_path / "mine.toml").write_text(text)
-    plan = call(tmp_path, "plan", "mine.toml", *SHORT, "--json").values
-    assert {client["name"]: client["rank"] for client in plan["clients"]} == {
-        name: client["rank"] for name, client in tomllib.loads(text)["clients"].items()
-    }
-    assert plan["rounds"] == 1
     run = call(tmp_path, "simulate", "mine.toml", *SHORT, "--quiet", "--json")
     assert (run.code, run.err) == (0, "")
     assert run.values["status"] == "completed"
-    assert [row["round"] for row in run.values["rounds"]] == [0, 1]
+    assert {client["client"] for client in run.values["clients"]} == set(tomllib.loads(text)["clients"])

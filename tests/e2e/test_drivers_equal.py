@@ -9,7 +9,8 @@ import pytest
 from simulations import simulate
 from tests.tiny import tiny
 
-pytest.importorskip("ray")
+pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = pytest.mark.e2e
 
 
 def test_both_drivers_give_the_same_adapter(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 from common.store import RunStore, is_locked
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[2]
 
 # A launcher that has imported everything and forks one process per job, since importing takes ten times as long as a

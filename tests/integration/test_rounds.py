@@ -144,7 +144,9 @@ def test_clients_evaluate_the_base_plus_the_whole_adapter(tmp_path: Path, name: 
 
 def test_a_federation_goes_on_from_an_adapter(tmp_path: Path) -> None:
     first = simulate(tiny(tmp_path, "federation.rounds=1", "training.learning_rate=0.05"), tmp_path)
-    second = simulate(tiny(tmp_path, f"adapter.options.start_from='{first.adapter}'", "strategy.name=ffa_lora"), tmp_path)
+    second = simulate(
+        tiny(tmp_path, f"adapter.options.start_from='{first.adapter}'", "strategy.name=ffa_lora"), tmp_path
+    )
     assert second.metrics["held_out_loss"][0] == pytest.approx(first.metrics["held_out_loss"][1], abs=1e-6)
     experiment = Experiment.from_json(second.run.experiment)
     assert second.adapter is not None
@@ -278,7 +280,8 @@ def test_offline_and_failing_clients_are_simulated_from_the_seed(tmp_path: Path)
 
 def test_a_straggler_within_the_deadline_counts(tmp_path: Path) -> None:
     run = simulate(
-        tiny(tmp_path, "simulation.stragglers=0.5", "simulation.straggler_delay_s=0.05", "federation.rounds=1"), tmp_path
+        tiny(tmp_path, "simulation.stragglers=0.5", "simulation.straggler_delay_s=0.05", "federation.rounds=1"),
+        tmp_path,
     )
     assert set(fates(run, 1).values()) == {"accepted"}
     assert sha256(run) == sha256(simulate(tiny(tmp_path, "federation.rounds=1"), tmp_path))

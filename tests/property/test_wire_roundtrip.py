@@ -69,7 +69,12 @@ def test_one_changed_byte_is_refused(adapter: Adapter, data: st.DataObject) -> N
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([2**30, 2**31 - 1, 2**31, 2**63, -1]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from([2**30, 2**31 - 1, 2**31, 2**63, -1]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )

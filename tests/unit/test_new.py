@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.tasks.causal_lm import CausalLm
 from simulations import verbs
 from simulations.experiment_template import FAMILIES, experiment_template
 from simulations.settings_help import settings_of_model, toml_value
+from simulations.terminal import Output
 
 MODELS = {
     "task.options": CausalLm,
@@ -58,6 +60,17 @@ def test_it_is_the_quickstart_and_can_be_run_as_it_is(tmp_path: Path) -> None:
     assert resolved(load_experiment(str(file))) == resolved(
         Experiment.parse(read_table("quickstart") | {"name": "causal_lm"})
     )
+
+
+def test_it_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(experiment_template("causal_lm"), encoding="utf-8")
+    assert verbs.plan(str(file), ["federation.rounds=3"], Output(tmp_path, as_json=True)) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {client["name"] for client in plan["clients"]} == set(tomllib.loads(file.read_text())["clients"])
+    assert (plan["name"], plan["task"], plan["rounds"], plan["cohort_size"]) == ("causal_lm", "causal_lm", 3, 4)
+    assert verbs.plan(str(file), [], Output(tmp_path)) == 0
+    assert "4 of 4 clients in each" in capsys.readouterr().out
 
 
 def test_what_is_commented_out_are_the_defaults() -> None:

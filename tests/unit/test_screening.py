@@ -217,7 +217,10 @@ def test_an_update_beyond_the_norm_bound_is_refused(case: Case) -> None:
     [
         ({}, r"'head.bias' has shape None, expected \(2,\)"),
         ({"head.bias": torch.zeros(3)}, r"'head.bias' has shape \(3,\), expected \(2,\)"),
-        ({"head.bias": torch.zeros(2), "head.weight": torch.zeros(1)}, r"'head.weight' has shape \(1,\), expected None"),
+        (
+            {"head.bias": torch.zeros(2), "head.weight": torch.zeros(1)},
+            r"'head.weight' has shape \(1,\), expected None",
+        ),
     ],
     ids=["missing", "misshapen", "extra"],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from common.errors import ConfigurationError, RunError, UserError
+from common.errors import ConfigurationError, RunError, StoreError, UserError
 from common.experiment import Experiment
 from common.store import ClientRound, Event, Metric, Round, RunLock, RunStore
 from server.plan import Plan, PlannedClient
@@ -372,6 +372,19 @@ def test_following_tells_what_came_last_before_it_ends(store: RunStore) -> None:
     assert [step.text for step in heard] == ["the last word"]
 
 
+def test_a_store_that_cannot_be_read_stops_the_progress_and_nothing_else(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: Follower) -> None:
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(Follower, "look", look)
+    heard: list[Progress] = []
+    with following(store.home, new_run(store), heard.append):
+        pass
+    assert [step.text for step in heard] == ["progress cannot be shown: the disk is gone"]
+
+
 # ---- sessions
 
 
@@ -389,6 +402,30 @@ def test_a_session_shows_plan_lines_and_outcome(store: RunStore, capsys: pytest.
     assert "ranks 4; 6 layers adapted" in shown.out
     assert "interrupted: 0 of 3 rounds" in shown.out
     assert shown.err == "run 20300102-demo-ab\n"
+
+
+def test_on_a_terminal_everything_is_drawn_there(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+
+    def begin() -> None:
+        run = begin_in(store)
+        announce("round_started", "round 1 of 3", 1, clients=["ann", "bob"], rounds=3)
+        announce("notice", f"something [about] {run}")
+        announce("round_failed", "round 1 failed: no reply", 1)
+
+    assert run_session(begin, Output(store.home, console=console)) == 0
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    parts = [
+        "ranks 4; 6 layers",
+        "round 1 of 3",
+        "note: something [about]",
+        "round 1 failed: no reply",
+        "held-out",
+        "next:",
+    ]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places
+    assert tuple(capsys.readouterr()) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -451,6 +488,40 @@ def test_many_runs_in_a_row_are_watched_one_after_the_other(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines() == ["run run-0", "word of run-0", "run run-1", "word of run-1"]
+
+
+def test_a_comparison_goes_to_stdout_and_its_progress_to_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Compared:
+        def as_dict(self) -> dict[str, Any]:
+            return {"rows": [math.nan]}
+
+        def table(self) -> str:
+            return "a table"
+
+    def compare(*arguments: object) -> Compared:
+        announce("notice", "cell 1 of 1")
+        assert arguments == ("quickstart", ["a=1"], ["seed=0,1"], tmp_path, None, False)
+        return Compared()
+
+    monkeypatch.setattr("simulations.comparison.compare.compare", compare)
+    values = ("quickstart", ["seed=0,1"], ["a=1"], tmp_path, None, False)
+    assert verbs.compare(*values, Output(tmp_path / "home", as_json=True)) == 0
+    assert tuple(capsys.readouterr()) == ('{"rows": [null]}\n', "cell 1 of 1\n")
+    assert verbs.compare(*values, Output(tmp_path / "home")) == 0
+    assert "a table\n\ntable, plots and data are in" in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compare(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.comparison.compare.compare", compare)
+    assert verbs.compare("quickstart", ["seed=0,1"], [], tmp_path, None, True, Output(tmp_path)) == 130
+    assert tuple(capsys.readouterr()) == ("", "interrupted: the same command goes on where it stopped\n")
 
 
 # ---- deleting, and quiet libraries
