@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,13 +102,18 @@ def layer_scaling(config: Mapping[str, object], layer: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise DataError(f"alpha_pattern is {patterns!r}; expected a table of layers")
-    alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
+    try:
+        alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
+    except re.error as error:
+        raise DataError(f"alpha_pattern has a key that is no regular expression: {error}") from None
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise DataError(f"layer {layer} has lora_alpha {alpha!r}; expected a number")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def write_peft_folder(adapter: Adapter, folder: Path, model: nn.Module, base_name: str, task_type: str) -> None:
+def write_peft_folder(
+    adapter: Adapter, folder: Path, model: nn.Module, base: tuple[str, str | None], task_type: str
+) -> None:
     """Write an adapter as a PEFT folder.
 
     Ranks may differ by layer; the scale is 1 everywhere and rsLoRA is off, so the factors are the update itself. A
@@ -121,8 +127,8 @@ def write_peft_folder(adapter: Adapter, folder: Path, model: nn.Module, base_nam
         Made if missing.
     model : nn.Module
         The base model's architecture, possibly without weights: tells convolutions' kernel shapes.
-    base_name : str
-        Name or folder of the base model.
+    base : (str, str or None)
+        Name or folder of the base model, and its revision.
     task_type : str
         PEFT's name of the task, such as ``CAUSAL_LM``.
     """
@@ -132,7 +138,7 @@ def write_peft_folder(adapter: Adapter, folder: Path, model: nn.Module, base_nam
     factors = {name: update for name, update in factors.items() if update.rank}
     if not factors:
         raise ConfigurationError("the adapter changes nothing yet; export a round after training")
-    ranks = {name: update.rank for name, update in factors.items()}
+    ranks = {f"^{name}": update.rank for name, update in factors.items()}  # without ^ a name also means its ends
     modules = {name: model.get_submodule(name) for name in factors}
     config = LoraConfig(
         r=max(ranks.values()),
@@ -142,7 +148,8 @@ def write_peft_folder(adapter: Adapter, folder: Path, model: nn.Module, base_nam
         target_modules=sorted(factors),
         modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.extras}) or None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in modules.values()),
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=base[0],
+        revision=base[1],
         task_type=task_type,
         inference_mode=True,
     )

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from common.adapter import Adapter
 from common.adapter_file import adapter_bytes, read_state, whole_adapter
@@ -50,7 +51,7 @@ def export(
     UserError
         If the run has no such round, or ``out`` is not empty.
     """
-    with RunStore.open(home) as store:
+    with RunStore.open(home, read_only=True) as store:
         run = store.get_run(name)
         experiment = Experiment.from_json(run.experiment)
         chosen = _round(run, store.rounds(run.id), round, best)
@@ -62,8 +63,8 @@ def export(
         raise UserError(f"{out} is not an empty folder; give another --out")
     try:
         return _write(adapter, experiment, out, form)
-    except OSError as error:
-        raise StoreError(f"{out} cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _round(run: Run, rounds: list[Round], number: int | None, best: bool) -> Round:
@@ -84,7 +85,8 @@ def _write(adapter: Adapter, experiment: Experiment, out: Path, form: Format) ->
     task = task_of(experiment)
     out.mkdir(parents=True, exist_ok=True)
     if form == "peft":
-        write_peft_folder(adapter, out, task.architecture(), task.base_place, task.peft_task_type)
+        base = (task.base_place, task.base_revision)
+        write_peft_folder(adapter, out, task.architecture(), base, task.peft_task_type)
         return out
     if form == "merged":
         return _write_merged(adapter, experiment, out)
@@ -97,13 +99,22 @@ def _write(adapter: Adapter, experiment: Experiment, out: Path, form: Format) ->
 def _write_merged(adapter: Adapter, experiment: Experiment, out: Path) -> Path:
     task = task_of(experiment)
     model = task.load_base("fp32")
-    with torch.no_grad():
-        for name, update in adapter.layers.items():
-            module = model.get_submodule(name)
-            module.weight = torch.nn.Parameter(add_update(module, update.dense()))
-        for name, value in adapter.extras.items():
-            model.get_parameter(name).copy_(value)
+    for name, update in adapter.layers.items():
+        _put(model, f"{name}.weight", add_update(model.get_submodule(name), update.dense()))
+    for name, value in adapter.extras.items():
+        _put(model, name, value)
     model.save_pretrained(out)  # type: ignore[operator]
     for file in Path(task.base_place).glob("*token*") if Path(task.base_place).is_dir() else ():
         shutil.copy(file, out)
     return out
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace one parameter by name; where it was shared with another module, it is not any more."""
+    module, _, key = name.rpartition(".")
+    shared = sum(
+        parameter is model.get_parameter(name) for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    setattr(model.get_submodule(module), key, nn.Parameter(value, requires_grad=False))
+    if shared > 1:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]

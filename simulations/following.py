@@ -50,6 +50,8 @@ class Follower:
             self._tell_replies()
             kind = "committed" if kind == "committed" else "round_failed"
             metrics = self._store.metrics(self._run, round=number, client="")
+            row = self._store.round(self._run, number)
+            data["seconds"] = row.seconds if row else 0.0
             data["metrics"] = {metric.name: metric.value for metric in metrics if not metric.layer}
         self._listener(Progress(kind, event.text, number, event.client or "", data))
 

@@ -75,12 +75,13 @@ class RoundState:
         shown += [(name, "waiting", "") for name in self.waiting[self.workers :]]
         return sorted(shown[:LISTED_CLIENTS])
 
-    def sentence(self, metrics: Mapping[str, float]) -> str:
-        """Say how the round ended."""
+    def sentence(self, data: Mapping[str, Any]) -> str:
+        """Say how the round ended, from what its commit tells."""
+        metrics, passed = data.get("metrics", {}), time.monotonic() - self.started
         loss = metrics.get("held_out_loss", metrics.get("unseen_loss"))
         parts = [f"{len(self.done)} of {self.cohort} trained"] if self.number else ["before training"]
         parts += [f"loss {loss:.4f}"] if loss is not None else []
-        return ", ".join([*parts, duration(time.monotonic() - self.started)])
+        return ", ".join([*parts, duration(data.get("seconds", passed))])
 
     def _settle(self, client: str, place: dict[str, str], words: str) -> None:
         if client in self.waiting:
@@ -109,7 +110,7 @@ class ProgressLines:
             self._write(step.text)
         elif step.kind == "committed":
             place = f"round {step.round} of {step.data.get('rounds', self.state.total)}"
-            self._write(f"{place}: {self.state.sentence(step.data.get('metrics', {}))}")
+            self._write(f"{place}: {self.state.sentence(step.data)}")
 
     def __enter__(self) -> Self:
         """Return the listener."""
@@ -170,7 +171,7 @@ class ProgressBars:
             self.console.print(f"[red]{escape(step.text)}[/]")
         elif step.kind == "committed":
             if self.whole_rounds:
-                self.console.print(self._head(self.state.sentence(step.data.get("metrics", {})), finished=True))
+                self.console.print(self._head(self.state.sentence(step.data), finished=True))
             self._opening = "finishing" if step.round == self.state.total else f"starting round {step.round + 1}"
 
     def _view(self) -> RenderableType:

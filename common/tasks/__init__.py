@@ -59,6 +59,11 @@ class Task(Plugin):
     def base_place(self) -> str:
         """Folder or hub name of the base model."""
 
+    @property
+    def base_revision(self) -> str | None:
+        """Hub revision of the base model; None is the newest."""
+        return None
+
     @abstractmethod
     def base_key(self, precision: str) -> str:
         """Name the base model and how it is held, so that a process loads it once."""

@@ -174,6 +174,11 @@ class CausalLm(Task):
         return str(BUILTIN_BASE) if self.base_model == BUILTIN else self.base_model
 
     @property
+    def base_revision(self) -> str | None:
+        """Hub revision of the base model."""
+        return self.revision
+
+    @property
     def _source(self) -> TextSource:
         scheme = Partition(kind=self.partition, alpha=self.alpha)
         return TextSource(self.source, scheme, self.text_column, self.key_column, self.held_out, self.piece_characters)

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 from reporting import ROOT, report, resident_memory, seconds
 

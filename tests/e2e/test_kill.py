@@ -21,8 +21,8 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 
 # A launcher that has imported everything and forks one process per job, since importing takes ten times as long as a
-# run. Each job runs or resumes an experiment, notes its trainings, and dies at a point of round 2: at the n-th step of a
-# kind, or around a transaction. A forked process must not have inherited threads, and says so if it has.
+# run. Each job runs or resumes an experiment, notes its trainings, and dies at a point of round 2: at the n-th step of
+# a kind, or around a transaction. A forked process must not have inherited threads, and says so if it has.
 LAUNCHER = """
 import json, os, signal, sys, traceback
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clients that raise, hang, lie or send rubbish: left out with their reason, and the round is as if they were not there."""
+"""Clients that raise, hang, lie or send rubbish: left out with their reason, as if they had not been there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from client.app import app as client_app
 from client.held import held, hold
 from common.adapter import Adapter
-from common.errors import ClientError, RunError
+from common.errors import ClientError, RejectedUpdate, RunError, StoreError
+from common.federation import ClientUpdate
 from common.lowrank import LowRank
 from common.messages import EvaluateAnswer, EvaluateOrder, TrainAnswer, TrainOrder
 from common.store import RunStore
 from common.wire import ARRAYS, BODY, HEADER, Parcel, read_message, seal, unseal, write_message
 from server.progress import Progress, listening
 from simulations import simulate
+from strategies.aggregation.flora import FLoRA
 from tests.tiny import drive, tiny
 
 Tamper = Callable[[TrainAnswer, Parcel], RecordDict]
@@ -222,7 +224,8 @@ def test_a_client_that_hangs_past_the_deadline_is_late(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_hangs_is_left_out(tmp_path: Path) -> None:
     options = ("federation.rounds=1", f"federation.deadline_s={DEADLINE}")
-    hanging, steps = Hanging("ben", MessageType.EVALUATE), []
+    hanging = Hanging("ben", MessageType.EVALUATE)
+    steps: list[Progress] = []
     with listening(steps.append, hanging.release):
         run = drive(tiny(tmp_path, *options), tmp_path, hanging)
     judged = {m.client for m in run.measured if m.name == "held_out_loss" and m.round == 1}
@@ -328,7 +331,8 @@ def test_a_client_that_lost_the_global_adapter_is_sent_it_again(tmp_path: Path) 
     def client(message: Message, context: Context) -> Message:
         kind = message.metadata.message_type
         if kind != MessageType.QUERY:
-            order, parcels = read_message(message.content, TrainOrder if kind == MessageType.TRAIN else EvaluateOrder)
+            header: type[TrainOrder] | type[EvaluateOrder] = TrainOrder if kind == MessageType.TRAIN else EvaluateOrder
+            order, parcels = read_message(message.content, header)
             sent[kind, order.client, order.round] = "global" in parcels
             if (kind, order.client, order.round) == (MessageType.TRAIN, "ben", 1):
                 return on_a_new_machine(message, context, tmp_path / "elsewhere")
@@ -370,3 +374,48 @@ def test_a_held_version_that_is_damaged_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(ClientError, match="must be sent again"):
         held(tmp_path, parcel.sha256)
     assert not path.exists()
+
+
+def test_an_update_the_strategy_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screening is not the strategy's only say: ben is refused when his turn to be added has come."""
+    add = FLoRA.add
+
+    def choosy(strategy: FLoRA, accumulated: list[ClientUpdate], update: ClientUpdate) -> list[ClientUpdate]:
+        if update.client == "ben":
+            raise RejectedUpdate("ben does not fit")
+        return add(strategy, accumulated, update)
+
+    monkeypatch.setattr(FLoRA, "add", choosy)
+    run = drive(tiny(tmp_path, "federation.rounds=1", "federation.keep_replies=true"), tmp_path)
+    with RunStore.open(tmp_path, read_only=True) as store:
+        rows = {row.client: row for row in store.client_rounds(run.run.id, 1)}
+        assert len(store.artefacts(run.run.id, "reply")) == 3
+    assert (rows["ben"].status, rows["ben"].reason) == ("rejected", "ben does not fit")
+    assert rows["ben"].bytes_up > 0
+    assert {name for name, row in rows.items() if row.status == "accepted"} == {"ada", "cyd", "dot"}
+    monkeypatch.undo()
+    ranks = {"ada": 2, "cyd": 2, "dot": 8}
+    alone = simulate(tiny(tmp_path, "federation.rounds=1", ranks=ranks), tmp_path)
+    assert run.run.adapter_sha256 == alone.run.adapter_sha256
+    assert run.round_metrics(1)["train_loss"] == alone.round_metrics(1)["train_loss"]
+
+
+def test_a_disk_that_is_full_is_nobodys_fault_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops and says so, in place of leaving every client out."""
+
+    def full(folder: Path, name: str, data: bytes) -> None:
+        raise StoreError("no space left; free some space there, then resume the run")
+
+    experiment = tiny(tmp_path, "federation.rounds=1")
+    with monkeypatch.context() as patched:
+
+        def fill(step: Progress) -> None:
+            if step.kind == "dispatched":
+                patched.setattr("server.journal.write_artefact", full)
+
+        with pytest.raises(StoreError, match="no space left"), listening(fill):
+            drive(experiment, tmp_path)
+    with RunStore.open(tmp_path, read_only=True) as store:
+        run = store.get_run("last")
+        assert (run.status, run.reason) == ("failed", "no space left; free some space there, then resume the run")
+    assert drive(experiment, tmp_path, run=run.id).run.status == "completed"

@@ -264,7 +264,7 @@ def test_another_experiment_is_refused_with_the_difference(tmp_path: Path) -> No
 def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = interrupted(tmp_path, stop_at("round_started", 2))
     monkeypatch.setattr("simulations.run.run_fingerprint", lambda: "feed")
-    with pytest.raises(UserError, match="begun by other code .* this is feed"):
+    with pytest.raises(UserError, match=r"begun by other code .* this is feed"):
         resume(name, tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_a_state_that_is_no_state_is_found(tmp_path: Path) -> None:
         digest = hashlib.sha256(content).hexdigest()
         path = state_file(tmp_path, 1).relative_to(tmp_path).as_posix()
         store.commit_round(replace(row, status="committed", state_path=path, state_sha256=digest), rounds_done=1)
-    with pytest.raises(CorruptArtefact, match="cannot be read.*--from-round 0"):
+    with pytest.raises(CorruptArtefact, match=r"cannot be read.*--from-round 0"):
         resume(name, tmp_path)
 
 

@@ -18,13 +18,13 @@ from common.experiment import Experiment
 from common.messages import TrainOrder
 from common.seeds import chance
 from common.store import ClientRound, Round, RunStore, verify
-from common.tasks import clients_key
+from common.tasks import Rows, clients_key
 from common.wire import read_message
 from common.workspace import model_spec, task_of
 from server.progress import Progress, listening
 from simulations import simulate
 from simulations.run import FinishedRun
-from tests.tiny import drive, name_of, tiny
+from tests.tiny import Client, drive, name_of, tiny
 
 STRATEGIES = {
     "flora": (),
@@ -119,7 +119,7 @@ def losses_by_hand(experiment: Experiment, adapter: Adapter) -> dict[str, float]
     return {name: task.evaluate(model, held_out_of(experiment, name))["loss"] for name in experiment.clients}
 
 
-def held_out_of(experiment: Experiment, name: str) -> object:
+def held_out_of(experiment: Experiment, name: str) -> Rows:
     clients = clients_key(experiment.simulated_clients())
     return task_of(experiment).client_data(name, clients, experiment.seed).held_out
 
@@ -154,7 +154,7 @@ def test_a_federation_goes_on_from_an_adapter(tmp_path: Path) -> None:
     assert told == pytest.approx(losses_by_hand(experiment, read_adapter_file(second.adapter)), abs=1e-5)
 
 
-def silenced(experiment: Experiment, rounds: set[int], names: set[str] | None = None) -> object:
+def silenced(experiment: Experiment, rounds: set[int], names: set[str] | None = None) -> Client:
     """Build clients that fail to train in some rounds."""
 
     def client(message: Message, context: Context) -> Message:
@@ -433,7 +433,7 @@ def test_unequal_ranks_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_missing_data_is_found_before_anything_runs(tmp_path: Path) -> None:
     experiment = tiny(tmp_path, f"clients.ben.data='{tmp_path}/nowhere'")
-    with pytest.raises(DataError, match="client ben: .*nowhere does not exist") as caught:
+    with pytest.raises(DataError, match=r"client ben: .*nowhere does not exist") as caught:
         simulate(experiment, tmp_path / "home")
     assert isinstance(caught.value, UserError)
     assert caught.value.exit_code == 2
@@ -444,7 +444,7 @@ def test_a_home_that_cannot_be_written_is_found_before_anything_runs(tmp_path: P
     (tmp_path / "file").write_text("")
     steps: list[Progress] = []
     for home in (tmp_path / "file", tmp_path / "file" / "home", Path("/proc/home")):
-        with pytest.raises(StoreError, match="cannot write .*; ") as caught, listening(steps.append):
+        with pytest.raises(StoreError, match=r"cannot write .*; ") as caught, listening(steps.append):
             simulate(tiny(tmp_path), home)
         assert isinstance(caught.value, UserError)
     assert {step.kind for step in steps} <= {"planned", "notice"}

@@ -57,6 +57,27 @@ def test_truncating_without_a_bound_keeps_the_sum(update: LowRank) -> None:
     torch.testing.assert_close(kept.b.norm(dim=0), kept.a.norm(dim=1))
 
 
+@given(st.sampled_from(["graded", "unbalanced", "cancelling", "repeated"]), SEEDS)
+def test_badly_conditioned_factors_lose_no_more_than_float32_rounds(kind: str, seed: int) -> None:
+    """Factors over 8 decades, slots of length 1e±12, parts that cancel to 1e-4, parts that are twice there."""
+    generator = torch.Generator().manual_seed(seed)
+    part, other = (cohorts.low_rank(30, 24, 5, generator, torch.float64) for _ in range(2))
+    gain = torch.logspace(0, -8, 5, dtype=torch.float64)
+    update = {
+        "graded": LowRank(torch.linalg.qr(part.b).Q * gain @ other.b[:5], other.a * gain[:, None]),
+        "unbalanced": cohorts.scaled_slots(part, gain.flip(0) ** 3 * 1e12),
+        "cancelling": stack([part, LowRank(-part.b, part.a + 1e-4 * other.a)]),
+        "repeated": stack([part, part]),
+    }[kind]
+    narrow = LowRank(update.b.float(), update.a.float())
+    kept, _ = narrow.truncate()
+    assert kept.rank <= 5
+    assert dense.distance(matrix(kept), matrix(narrow)) < 2e-7
+    torch.testing.assert_close(kept.b.norm(dim=0), kept.a.norm(dim=1))
+    unit = kept.b.double() / kept.b.double().norm(dim=0)
+    torch.testing.assert_close(unit.T @ unit, torch.eye(kept.rank, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
 @given(updates(), st.integers(0, 8))
 def test_the_error_of_a_truncation_is_the_tail_of_the_singular_values(update: LowRank, rank: int) -> None:
     kept, discarded = update.truncate(rank=rank)

@@ -99,7 +99,7 @@ MANIFESTS = st.one_of(
 )
 
 
-def use(manifest: object, data: bytes, frozen_a: int | None) -> None:
+def use(manifest: object, data: bytes | memoryview, frozen_a: int | None) -> None:
     """Do with a parcel what both sides do, and let only a ClientError out."""
     try:
         adapter = unseal(parcel_of(manifest, data), frozen_a)

@@ -25,6 +25,7 @@ from strategies import aggregation_strategy
 from tests.tiny import tiny
 
 RATE = 0.01
+FIRST = Position(1, 2, "ada")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,7 @@ def start(place: Workspace, strategy: str = "flora") -> Adapter:
     return starting_adapter(chosen.dispatch(chosen.init(spec), ClientInfo("ada", 4)), spec)
 
 
-def trained(
-    place: Workspace, position: Position = Position(1, 2, "ada"), trains: Any = "ab", given: Adapter | None = None
-) -> Adapter:
+def trained(place: Workspace, position: Position = FIRST, trains: Any = "ab", given: Adapter | None = None) -> Adapter:
     place.adapted.use_global(Adapter.empty(), "")
     place.adapted.load(given or start(place), 3)
     train(place, Numbers(), position, trains)

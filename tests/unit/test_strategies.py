@@ -82,6 +82,29 @@ class TestFlora:
         assert cohorts.error(state, updates) < 1e-12
         assert state.metrics["discarded_energy"] == 0
 
+    def test_growing_keeps_every_bit_of_the_factors(self) -> None:
+        strategy = aggregation_strategy("flora")
+        one, updates = merged("flora", (1, 1))
+        two = strategy.aggregate(one, [replace(update, base_version=1) for update in updates])
+        assert two.merged is not None
+        for layer, total in two.global_adapter.layers.items():
+            parts = [one.global_adapter.layers[layer], two.merged.layers[layer]]
+            assert isinstance(total, LowRank)
+            assert torch.equal(total.b, torch.cat([part.b for part in parts if isinstance(part, LowRank)], dim=1))
+            assert torch.equal(total.a, torch.cat([part.a for part in parts if isinstance(part, LowRank)]))
+
+    @pytest.mark.parametrize("options", [{}, {"global_rank": 2}, {"global_energy": 0.9}])
+    def test_each_layer_is_decomposed_once_a_round(
+        self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strategy = aggregation_strategy("flora", **options)
+        state, calls, svd = strategy.init(SPEC), [], torch.linalg.svd
+        monkeypatch.setattr(torch.linalg, "svd", lambda *args, **options: calls.append(args) or svd(*args, **options))
+        for number in range(2):
+            updates = cohorts.cohort(SPEC, (1, 1), number, base_version=number)
+            state = strategy.aggregate(state, updates)
+            assert len(calls) == (number + 1) * len(SPEC.layers)
+
     @pytest.mark.parametrize("options", [{"global_rank": 1}, {"global_energy": 0.5}])
     def test_caps_are_not_exact(self, options: dict[str, Any]) -> None:
         assert not aggregation_strategy("flora", **options).is_exact()

@@ -361,7 +361,7 @@ def test_a_run_elsewhere_is_told_from_its_store(store: RunStore) -> None:
     ]
     assert heard[0].data["clients"] == ["ann", "bob", "cyd"]
     assert heard[1].data == {"seconds": 2.0}
-    assert heard[4].data["metrics"] == {"held_out_loss": 4.5}
+    assert heard[4].data == {"metrics": {"held_out_loss": 4.5}, "seconds": 1.25}
 
 
 def test_following_tells_what_came_last_before_it_ends(store: RunStore) -> None:

@@ -17,8 +17,20 @@ from common.errors import ClientError
 from common.lowrank import Dense, LowRank
 from common.messages import MAX_HEADER, EvaluateAnswer, Presence, Query, TrainAnswer, read_header
 from common.start import fresh_a
-from common.wire import ARRAYS, BODY, HEADER, MAX_MANIFEST, STYPE, Parcel, message_bytes, parcel_of, read_message
-from common.wire import seal, unseal, write_message
+from common.wire import (
+    ARRAYS,
+    BODY,
+    HEADER,
+    MAX_MANIFEST,
+    STYPE,
+    Parcel,
+    message_bytes,
+    parcel_of,
+    read_message,
+    seal,
+    unseal,
+    write_message,
+)
 
 HEADER_OF = Query(run="r", fingerprint="f")
 
@@ -84,7 +96,7 @@ def test_an_empty_adapter_travels() -> None:
 
 def test_what_does_not_fit_fp16_is_refused_before_it_is_sent() -> None:
     too_large = Adapter.pack({"x": LowRank(torch.full((2, 1), 70_000.0), torch.ones(1, 2))})
-    with pytest.raises(ClientError, match='federation.wire = "fp32"'):
+    with pytest.raises(ClientError, match=r'federation\.wire = "fp32"'):
         seal(too_large, "fp16")
     assert seal(too_large).nbytes == 16
 
