@@ -18,7 +18,7 @@ import typer.core
 from common.errors import LoRAFleetError, UserError
 
 if TYPE_CHECKING:
-    from simulations.terminal import Output
+    from simulations.terminal.tables import Output
 
 typer.core.HAS_RICH = False  # loading Rich for --help takes longer than everything else it does
 
@@ -110,7 +110,7 @@ def new(task: Source, out: NewFile = None, _plugins: Plugins = None) -> int:
 
     TASK is one of those that `lorafleet plugins` lists, such as causal_lm.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.new(task, out)
 
@@ -121,7 +121,7 @@ def plan(source: Source, settings: Settings = None, as_json: Json = False, _plug
 
     SOURCE is the name of a preset or the path of an experiment file.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.plan(source, settings or [], _output(None, as_json))
 
@@ -140,7 +140,7 @@ def simulate(
 
     SOURCE is the name of a preset or the path of an experiment file.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     chosen = [f"simulation.driver={driver}"] if driver else []
     return verbs.simulate(source, [*(settings or []), *chosen], _output(home, as_json, quiet))
@@ -163,7 +163,7 @@ def resume(
 
     RUN is the id of a run, the beginning of an id, or `last`.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.resume(run, rounds, from_round, source, settings or [], any_code, _output(home, as_json, quiet))
 
@@ -184,7 +184,7 @@ def compare(
 
     SOURCE is the name of a preset or the path of an experiment file.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     output = _output(home or out / "home", as_json, quiet)
     return verbs.compare(source, vary, settings or [], out, home, references, output)
@@ -205,7 +205,7 @@ def export(
 
     RUN is the id of a run, the beginning of an id, or `last`.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.export(run, out, form.value, number, best, _output(home, as_json))
 
@@ -213,7 +213,7 @@ def export(
 @app.command()
 def plugins(as_json: Json = False, _plugins: Plugins = None) -> int:
     """List strategies, adapter methods and tasks with options."""
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.plugins(_output(None, as_json))
 
@@ -221,7 +221,7 @@ def plugins(as_json: Json = False, _plugins: Plugins = None) -> int:
 @app.command()
 def doctor(home: Home = None, as_json: Json = False) -> int:
     """Check that this machine has what LoRAFleet needs."""
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.doctor(_output(home, as_json))
 
@@ -229,7 +229,7 @@ def doctor(home: Home = None, as_json: Json = False) -> int:
 @runs.command("list")
 def list_runs(limit: Limit = None, home: Home = None, as_json: Json = False) -> int:
     """List the runs, newest first."""
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.list_runs(limit, _output(home, as_json))
 
@@ -240,7 +240,7 @@ def show_run(run: Run, home: Home = None, as_json: Json = False) -> int:
 
     RUN is the id of a run, the beginning of an id, or `last`.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.show_run(run, _output(home, as_json))
 
@@ -251,20 +251,20 @@ def delete_run(run: Run, sure: Sure = False, home: Home = None, as_json: Json = 
 
     RUN is the id of a run, the beginning of an id, or `last`.
     """
-    from simulations import verbs
+    from simulations.terminal import verbs
 
     return verbs.delete_run(run, sure, _output(home, as_json))
 
 
 def main() -> None:
     """Run the command line and exit; a user's mistake ends in a line, not in a traceback."""
-    from simulations.quiet import quiet_libraries
+    from simulations.terminal.quiet import quiet_libraries
 
     quiet_libraries()
     try:
         code = app(prog_name="lorafleet", standalone_mode=False)
     except LoRAFleetError as error:
-        from simulations.terminal import print_error
+        from simulations.terminal.tables import print_error
 
         print_error(error)
         code = error.exit_code
@@ -286,7 +286,7 @@ def _show_usage(error: click.ClickException) -> int:
 
 def _output(home: Path | None, as_json: bool, quiet: bool = False) -> Output:
     from common.home import default_home
-    from simulations.terminal import Output
+    from simulations.terminal.tables import Output
 
     return Output(home.absolute() if home else default_home(), str(home or ""), as_json, quiet)
 

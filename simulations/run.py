@@ -203,7 +203,7 @@ def worker_count(experiment: Experiment) -> int:
 def _in_process(experiment: Experiment, config: dict[str, str], workers: int) -> None:
     from client.app import app as client_app
     from server.app import app as server_app
-    from simulations.inprocess import InProcessGrid
+    from simulations.drivers.inprocess import InProcessGrid
 
     count = len(experiment.simulated_clients())
     with InProcessGrid(client_app, [{}] * count, dict(config), workers) as grid:
@@ -211,7 +211,7 @@ def _in_process(experiment: Experiment, config: dict[str, str], workers: int) ->
 
 
 def _on_ray(experiment: Experiment, run: str, home: Path) -> None:
-    from simulations.flower_runtime import run_on_flower
+    from simulations.drivers.flower_runtime import run_on_flower
 
     run_on_flower(
         experiment.model_dump_json(),

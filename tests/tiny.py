@@ -14,7 +14,7 @@ from common.experiment_file import apply_override
 from common.store import RunStore
 from server.app import app as server_app
 from server.app import create_run
-from simulations.inprocess import InProcessGrid
+from simulations.drivers.inprocess import InProcessGrid
 from simulations.run import FinishedRun, load_run
 
 Client = Callable[[Message, Context], Message]

@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -13,10 +14,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from reporting import in_fresh_process, report
 
-from common.adapter import Adapter
 from common.experiment import Experiment
 from common.federation import Dispatch, ModelSpec, ServerState
-from common.fingerprint import code_fingerprint
 from common.messages import Presence, Query, TrainAnswer, TrainOrder
 from common.start import starting_adapter
 from common.wire import Parcel, read_message, seal, unseal, write_message
@@ -24,7 +23,7 @@ from server.federation import Federation
 from server.journal import Begun, RoundRecord
 from server.nodes import Nodes
 from server.rounds import run_rounds
-from simulations.inprocess import InProcessGrid
+from simulations.drivers.inprocess import InProcessGrid
 from strategies import aggregation_strategy
 
 CLIENTS, ROUNDS, LAYERS, RANK = 8, 20, 32, 8
@@ -32,7 +31,7 @@ SIZES = {"0.1 MB": 49, "8 MB": 3906}
 START_UP = """
 import time; start = time.perf_counter()
 from client.app import app
-from simulations.inprocess import InProcessGrid
+from simulations.drivers.inprocess import InProcessGrid
 imported = time.perf_counter()
 with InProcessGrid(app, [{}] * 4, {"experiment": "", "run-id": "", "home": ""}, 2) as grid: grid.get_node_ids()
 print(imported - start, time.perf_counter() - imported)
@@ -114,7 +113,7 @@ def ours(width: int) -> float:
             journal,
         )
         run_rounds(federation, strategy.init(spec), 1)
-    return statistics.median(b - a for a, b in zip(journal.ends[1:], journal.ends[2:], strict=False)) / CLIENTS
+    return statistics.median(b - a for a, b in pairwise(journal.ends[1:])) / CLIENTS
 
 
 def stock_flower(width: int) -> float:
@@ -138,14 +137,13 @@ def stock_flower(width: int) -> float:
         Timed(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS).start(
             grid=grid, initial_arrays=record, num_rounds=ROUNDS
         )
-    return statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False)) / CLIENTS
+    return statistics.median(b - a for a, b in pairwise(ends[1:])) / CLIENTS
 
 
 def main() -> None:
     """Compare both in one run."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    assert code_fingerprint() and Adapter.empty().nbytes == 0
     rows = []
     for name, width in SIZES.items():
         flower, own = stock_flower(width), ours(width)

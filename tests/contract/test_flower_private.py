@@ -104,7 +104,7 @@ def test_rays_grid_says_how_often_to_ask() -> None:
 def test_the_in_process_grid_has_all_a_grid_must_have() -> None:
     from flwr.serverapp import Grid
 
-    grid = importlib.import_module("simulations.inprocess").InProcessGrid
+    grid = importlib.import_module("simulations.drivers.inprocess").InProcessGrid
     missing = sorted(grid.__abstractmethods__)
     assert not missing, moved(f"a Grid now needs {', '.join(missing)}")
     for name in Grid.__abstractmethods__ - {"run"}:
@@ -157,7 +157,7 @@ def test_the_ray_drivers_settings_still_exist(field: str) -> None:
 def test_flower_still_says_when_no_client_fits() -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     check = private("flwr.simulation.ray_transport.ray_actor", "pool_size_from_resources")
-    words = importlib.import_module("simulations.flower_runtime").NO_ROOM
+    words = importlib.import_module("simulations.drivers.flower_runtime").NO_ROOM
     assert words in inspect.getsource(check), moved("a machine too small for one client is reported otherwise")
 
 

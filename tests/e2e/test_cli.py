@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from common.store import RunStore
-from simulations.settings_help import toml_value
+from simulations.terminal.settings_help import toml_value
 from tests.tiny import tiny_table
 
 pytestmark = pytest.mark.e2e

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigurationError, RunError
-from simulations import flower_runtime, superlink
-from simulations.flower_runtime import run_on_flower
-from simulations.superlink import Runtime
+from simulations.drivers import flower_runtime, superlink
+from simulations.drivers.flower_runtime import run_on_flower
+from simulations.drivers.superlink import Runtime
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.e2e

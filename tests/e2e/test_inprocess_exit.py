@@ -15,7 +15,7 @@ import threading
 import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
-from simulations.inprocess import InProcessGrid
+from simulations.drivers.inprocess import InProcessGrid
 
 app, training = ClientApp(), threading.Event()
 

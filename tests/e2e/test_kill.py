@@ -28,7 +28,7 @@ import json, os, signal, sys, traceback
 from pathlib import Path
 import transformers
 import common.tasks.causal_lm
-import simulations.inprocess
+import simulations.drivers.inprocess
 import client.app, client.work, server.app
 from common.experiment import Experiment
 from common.store import RunStore

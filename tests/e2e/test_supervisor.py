@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations import supervisor
+from simulations.drivers import supervisor
 
 pytestmark = pytest.mark.e2e
 

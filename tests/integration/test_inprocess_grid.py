@@ -13,8 +13,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common.flower import ErrorCode, abandon_messages, wait_for_replies
-from simulations import inprocess
-from simulations.inprocess import FIRST_NODE_ID, InProcessGrid
+from simulations.drivers import inprocess
+from simulations.drivers.inprocess import FIRST_NODE_ID, InProcessGrid
 
 #: Seconds after which a test that waits for a thread has failed.
 LONG = 20.0

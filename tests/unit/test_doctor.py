@@ -12,8 +12,8 @@ import pytest
 from common.store import RunStore
 from common.store.engine import URL_VARIABLE
 from common.text import stdlib
-from simulations import doctor, verbs
-from simulations.doctor import (
+from simulations.terminal import doctor, verbs
+from simulations.terminal.doctor import (
     Check,
     check_base_model,
     check_corpus,
@@ -23,7 +23,7 @@ from simulations.doctor import (
     check_python,
     examine,
 )
-from simulations.terminal import Output
+from simulations.terminal.tables import Output
 
 Usage = namedtuple("Usage", "total used free")
 BASE = Path(__file__).parents[2] / "simulations" / "demo" / "base"
@@ -99,7 +99,7 @@ def test_an_address_of_no_database_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_base_model_is_the_one_that_was_committed(tmp_path: Path) -> None:
-    assert check_base_model().status == "ok", "the weights were changed: put their sha256 into simulations/doctor.py"
+    assert check_base_model().status == "ok", "the weights were changed: mend BASE_SHA256 in doctor.py"
     content = bytearray((BASE / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -19,10 +19,10 @@ from common.experiment_file import load_experiment, read_table
 from common.methods.lora import Lora
 from common.plugins import PLUGINS_VARIABLE
 from common.tasks.causal_lm import CausalLm
-from simulations import verbs
-from simulations.experiment_template import FAMILIES, experiment_template
-from simulations.settings_help import settings_of_model, toml_value
-from simulations.terminal import Output
+from simulations.terminal import verbs
+from simulations.terminal.experiment_template import FAMILIES, experiment_template
+from simulations.terminal.settings_help import settings_of_model, toml_value
+from simulations.terminal.tables import Output
 
 MODELS = {
     "task.options": CausalLm,

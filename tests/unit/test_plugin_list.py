@@ -9,9 +9,9 @@ import pytest
 
 from common.errors import ConfigurationError
 from common.plugins import PLUGINS_VARIABLE
-from simulations import verbs
-from simulations.plugin_list import listed_plugins
-from simulations.terminal import Output
+from simulations.terminal import verbs
+from simulations.terminal.plugin_list import listed_plugins
+from simulations.terminal.tables import Output
 from strategies.aggregation.lora_lego import LoraLego
 
 OWN = """

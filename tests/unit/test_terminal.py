@@ -18,14 +18,14 @@ from common.experiment import Experiment
 from common.store import ClientRound, Event, Metric, Round, RunLock, RunStore
 from server.plan import Plan, PlannedClient
 from server.progress import Progress, announce
-from simulations import verbs
-from simulations.following import Follower, following
-from simulations.listings import run_view, runs_view
-from simulations.live import LISTED_CLIENTS, ProgressBars, ProgressLines, RoundState
-from simulations.quiet import quiet_libraries
-from simulations.session import run_session, watching
-from simulations.summary import json_text, list_summary, run_summary
-from simulations.terminal import (
+from simulations.terminal import verbs
+from simulations.terminal.following import Follower, following
+from simulations.terminal.listings import run_view, runs_view
+from simulations.terminal.live import LISTED_CLIENTS, ProgressBars, ProgressLines, RoundState
+from simulations.terminal.quiet import quiet_libraries
+from simulations.terminal.session import run_session, watching
+from simulations.terminal.summary import json_text, list_summary, run_summary
+from simulations.terminal.tables import (
     Output,
     duration,
     outcome_view,

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.progress import Progress
-from simulations.terminal import duration
+from simulations.terminal.tables import duration
 
 LISTED_CLIENTS = 10
 BAR_WIDTH = 20

@@ -14,7 +14,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from common.errors import ConfigurationError, RunError
-from simulations.superlink import CONNECTION, Runtime, flower_runtime, last_lines
+from simulations.drivers.superlink import CONNECTION, Runtime, flower_runtime, last_lines
 
 #: Seconds until Flower must say how a run has ended.
 ANSWER_SECONDS = 60.0

@@ -15,7 +15,7 @@ from common.experiment_file import Table, preset_names, read_table
 from common.methods import METHODS
 from common.plugins import Family
 from common.tasks import TASKS
-from simulations.settings_help import Setting, settings_of_model, toml_value
+from simulations.terminal.settings_help import Setting, settings_of_model, toml_value
 from strategies import AGGREGATION
 
 FAMILIES: Mapping[str, Family[Any]] = {"task": TASKS, "adapter": METHODS, "strategy": AGGREGATION}

@@ -19,9 +19,9 @@ from subprocess import Popen
 
 from common.errors import ConfigurationError, RunError
 from common.flower import set_environment_defaults
-from simulations import supervisor
+from simulations.drivers import supervisor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Name of the connection that ``flwr`` finds in its configuration.
 CONNECTION = "lorafleet"

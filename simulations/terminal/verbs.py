@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.store import RunStore
-from simulations.listings import checks_view, plugins_view, run_view, runs_view
-from simulations.summary import list_summary, run_summary
-from simulations.terminal import INTERRUPTED, Output, plan_view, print_interrupted, print_next
+from simulations.terminal.listings import checks_view, plugins_view, run_view, runs_view
+from simulations.terminal.summary import list_summary, run_summary
+from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next
 
 if TYPE_CHECKING:
     from server.export import Format
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def new(task: str, out: Path | None) -> int:
     """Write a commented experiment file to stdout or a new file."""
-    from simulations.experiment_template import experiment_template
+    from simulations.terminal.experiment_template import experiment_template
 
     text = experiment_template(task)
     if out is None:
@@ -48,7 +48,7 @@ def plan(source: str, overrides: list[str], output: Output) -> int:
 def simulate(source: str, overrides: list[str], output: Output) -> int:
     """Run an experiment on this machine."""
     from common.experiment_file import load_experiment
-    from simulations.session import run_session
+    from simulations.terminal.session import run_session
 
     experiment = load_experiment(source, overrides)
 
@@ -71,7 +71,7 @@ def resume(
 ) -> int:
     """Go on with a run."""
     from common.experiment_file import load_experiment
-    from simulations.session import run_session
+    from simulations.terminal.session import run_session
 
     if overrides and source is None:
         raise UserError("--set belongs to --experiment; a run goes on with the settings it began with")
@@ -89,7 +89,7 @@ def compare(
     source: str, vary: list[str], overrides: list[str], out: Path, home: Path | None, references: bool, output: Output
 ) -> int:
     """Run every combination of settings and report on them."""
-    from simulations.session import watching
+    from simulations.terminal.session import watching
 
     try:
         with watching(output, whole_rounds=False):
@@ -116,7 +116,7 @@ def export(run: str, out: Path, form: Format, number: int | None, best: bool, ou
 
 def plugins(output: Output) -> int:
     """List the plug-ins of all families."""
-    from simulations.plugin_list import family_title, listed_plugins
+    from simulations.terminal.plugin_list import family_title, listed_plugins
 
     families = listed_plugins()
     output.show(
@@ -128,7 +128,7 @@ def plugins(output: Output) -> int:
 
 def doctor(output: Output) -> int:
     """Check this machine."""
-    from simulations.doctor import examine
+    from simulations.terminal.doctor import examine
 
     checks = examine(output.home)
     healthy = all(check.status != "fail" for check in checks)

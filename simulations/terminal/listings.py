@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from simulations.settings_help import toml_value
-from simulations.terminal import (
+from simulations.terminal.settings_help import toml_value
+from simulations.terminal.tables import (
     LISTED_CLIENTS,
     Summary,
     more_clients,
@@ -25,8 +25,8 @@ from simulations.terminal import (
 )
 
 if TYPE_CHECKING:
-    from simulations.doctor import Check
-    from simulations.plugin_list import ListedPlugin
+    from simulations.terminal.doctor import Check
+    from simulations.terminal.plugin_list import ListedPlugin
 
 
 def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> RenderableType:

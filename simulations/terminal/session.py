@@ -12,10 +12,10 @@ from rich.console import Console
 from common.errors import LoRAFleetError
 from common.store import RunStore
 from server.progress import Progress, listening
-from simulations.following import following
-from simulations.live import ProgressBars, ProgressLines
-from simulations.summary import run_summary
-from simulations.terminal import (
+from simulations.terminal.following import following
+from simulations.terminal.live import ProgressBars, ProgressLines
+from simulations.terminal.summary import run_summary
+from simulations.terminal.tables import (
     INTERRUPTED,
     Output,
     home_flag,

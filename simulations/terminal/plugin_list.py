@@ -10,7 +10,7 @@ from common.errors import LoRAFleetError
 from common.methods import METHODS
 from common.plugins import Family
 from common.tasks import TASKS
-from simulations.settings_help import Setting, settings_of_model
+from simulations.terminal.settings_help import Setting, settings_of_model
 from strategies import AGGREGATION
 
 

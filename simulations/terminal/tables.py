@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigurationError, LoRAFleetError
-from simulations.summary import json_text
+from simulations.terminal.summary import json_text
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -38,7 +38,7 @@ STATUS_STYLES = {
 }
 
 Summary = dict[str, Any]
-"""What ``simulations.summary.run_summary`` returns."""
+"""What ``simulations.terminal.summary.run_summary`` returns."""
 
 
 @dataclass(frozen=True)

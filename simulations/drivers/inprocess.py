@@ -33,7 +33,7 @@ from common.flower import (
     quiet_logger,
     wait_for_replies,
 )
-from simulations.postbox import Postbox, error_reply
+from simulations.drivers.postbox import Postbox, error_reply
 
 logger = logging.getLogger(__name__)
 

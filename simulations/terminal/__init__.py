@@ -1,0 +1,1 @@
+"""What the command line does and shows, once its arguments are read."""
