@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -110,3 +112,20 @@ def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
         peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     return peft_model
+
+
+def four_bit() -> Any:
+    """Build transformers' settings of a base model held in 4 bits.
+
+    Raises
+    ------
+    ConfigurationError
+        If bitsandbytes or a GPU is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise ConfigurationError(
+            'training.base_precision "4bit" needs the bitsandbytes package and a GPU; install it or use "bf16"'
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

@@ -88,7 +88,9 @@ class TrainingSettings(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Trade a second forward pass for memory.")
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda or cuda:N.")
-    threads: int = Field(1, ge=1, description="CPU threads of each client's training; part of the same-bits promise.")
+    threads: int = Field(
+        1, ge=1, le=256, description="CPU threads of each client's training; part of the same-bits promise."
+    )
 
 
 class FederationSettings(Section):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def load_experiment(source: str, overrides: Iterable[str] = ()) -> Experiment:
+def load_experiment(
+    source: str, overrides: Iterable[str] = (), check: Callable[[Table], list[str]] | None = None
+) -> Experiment:
     """Read a preset or a file and apply overrides.
 
     Parameters
@@ -30,6 +33,8 @@ def load_experiment(source: str, overrides: Iterable[str] = ()) -> Experiment:
         Name of a preset, or path of a TOML file.
     overrides : iterable of str
         ``key.path=value``, values in TOML form; what is not TOML is taken as text.
+    check : callable, optional
+        Finds further problems in the tables, to be told together with wrong settings.
 
     Raises
     ------
@@ -39,7 +44,10 @@ def load_experiment(source: str, overrides: Iterable[str] = ()) -> Experiment:
     table = read_table(source)
     for override in overrides:
         apply_override(table, override)
-    return Experiment.parse(table)
+    try:
+        return Experiment.parse(table)
+    except ConfigurationError as error:
+        raise ConfigurationError([*error.problems, *(check(table) if check else [])]) from None
 
 
 def carried_experiment(text: str) -> Experiment:
@@ -53,7 +61,7 @@ def carried_experiment(text: str) -> Experiment:
 def read_table(source: str) -> Table:
     """Read the nested tables of a preset or a TOML file, unchecked."""
     path = Path(source)
-    if not path.suffix and not path.is_file():
+    if not path.suffix and not os.path.isfile(source):  # unlike Path.is_file, never raises
         if source not in preset_names():
             raise UnknownNameError("preset", source, preset_names(), "or give the path of a .toml file")
         path = PRESETS / f"{source}.toml"
@@ -61,9 +69,9 @@ def read_table(source: str) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"experiment file {source} cannot be read: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"experiment file {source} is not TOML: {error}") from None
+        raise DataError(f"experiment file {source[:200]} cannot be read: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"experiment file {source[:200]} is not TOML: {str(error)[:200]}") from None
 
 
 def apply_override(table: Table, override: str) -> None:
@@ -90,5 +98,5 @@ def apply_override(table: Table, override: str) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also numbers and nestings beyond what Python reads
         return text

@@ -144,7 +144,11 @@ class Dense:
 
     def low_rank(self) -> LowRank:
         """Factor the matrix into its singular vectors, dropping nothing but rounding."""
-        return LowRank(self.w, torch.eye(self.shape[1], dtype=self.w.dtype)).truncate()[0]
+        u, s, vh = torch.linalg.svd(self.w.double(), full_matrices=False)
+        dtype = torch.promote_types(self.w.dtype, torch.float32)
+        keep = kept_rank(s, None, None, resolution(dtype, self.shape))
+        root = s[:keep].sqrt()
+        return LowRank((u[:, :keep] * root).to(dtype), (root[:, None] * vh[:keep]).to(dtype))
 
 
 Update = LowRank | Dense

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_adapter(place: Path) -> Adapter:
     DataError
         If there is no adapter, it cannot be read, or it is no plain LoRA.
     """
-    if place.is_dir():
+    if os.path.isdir(place):  # unlike Path.is_dir, never raises
         return _read_folder(place)
     try:
         return read_adapter_file(place)

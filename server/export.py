@@ -83,7 +83,6 @@ def _round(run: Run, rounds: list[Round], number: int | None, best: bool) -> Rou
 
 def _write(adapter: Adapter, experiment: Experiment, out: Path, form: Format) -> Path:
     task = task_of(experiment)
-    out.mkdir(parents=True, exist_ok=True)
     if form == "peft":
         base = (task.base_place, task.base_revision)
         write_peft_folder(adapter, out, task.architecture(), base, task.peft_task_type)
@@ -91,6 +90,7 @@ def _write(adapter: Adapter, experiment: Experiment, out: Path, form: Format) ->
     if form == "merged":
         return _write_merged(adapter, experiment, out)
     if form == "lorafleet":
+        out.mkdir(parents=True, exist_ok=True)
         (file := out / "adapter.safetensors").write_bytes(adapter_bytes(adapter))
         return file
     raise ConfigurationError(f"there is no format {form!r}; choose peft, merged or lorafleet")
@@ -110,11 +110,10 @@ def _write_merged(adapter: Adapter, experiment: Experiment, out: Path) -> Path:
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace one parameter by name; where it was shared with another module, it is not any more."""
+    """Replace a parameter; an output layer that was the embedding itself is a layer of its own then."""
     module, _, key = name.rpartition(".")
-    shared = sum(
-        parameter is model.get_parameter(name) for _, parameter in model.named_parameters(remove_duplicate=False)
-    )
-    setattr(model.get_submodule(module), key, nn.Parameter(value, requires_grad=False))
-    if shared > 1:
+    holder = model.get_submodule(module)
+    before = getattr(holder, key)
+    setattr(holder, key, nn.Parameter(value, requires_grad=False))
+    if any(parameter is before for parameter in model.parameters()):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]

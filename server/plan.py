@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from common.adapter import Layout
+from common.base_model import four_bit
 from common.errors import ConfigurationError, LoRAFleetError
 from common.experiment import Experiment
 from common.federation import ModelSpec
-from common.tasks import clients_key
+from common.methods import METHODS
+from common.tasks import TASKS, clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.initial import initial_state
 from server.traffic import Traffic
-from strategies import AggregationStrategy, aggregation_strategy
+from strategies import AGGREGATION, AggregationStrategy, aggregation_strategy
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def make_plan(experiment: Experiment) -> Plan:
     task = _attempt(problems, lambda: task_of(experiment))
     method = _attempt(problems, lambda: method_of(experiment))
     _attempt(problems, lambda: choose_device(experiment.training.device))
+    if experiment.training.base_precision == "4bit":
+        _attempt(problems, four_bit)
     if problems or strategy is None or task is None or method is None:
         raise ConfigurationError(problems)
     clients = experiment.simulated_clients()
@@ -78,9 +86,20 @@ def make_plan(experiment: Experiment) -> Plan:
     if refusals := strategy.refusals(training):
         raise ConfigurationError(refusals)
     spec = model_spec(experiment)
-    initial_state(experiment, strategy, spec)
+    begun = initial_state(experiment, strategy, spec).global_adapter.layout
     notices = task.check_data(clients_key(clients), experiment.seed)
-    return _planned(experiment, strategy, spec, ranks, [*notices, *_clamped(spec, ranks)])
+    return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, ranks)])
+
+
+def option_problems(table: Mapping[str, Any]) -> list[str]:
+    """Find what is wrong with the plug-ins an experiment's tables name, whatever else is wrong with them."""
+    problems: list[str] = []
+    for section, family in (("task", TASKS), ("adapter", METHODS), ("strategy", AGGREGATION)):
+        choice = table.get(section)
+        if isinstance(choice, Mapping) and isinstance(name := choice.get("name"), str):
+            options = choice.get("options", {})
+            _attempt(problems, partial(family.create, name, options if isinstance(options, Mapping) else {}))
+    return problems
 
 
 def _attempt(problems: list[str], build):  # type: ignore[no-untyped-def]
@@ -108,6 +127,7 @@ def _planned(
     experiment: Experiment,
     strategy: AggregationStrategy,
     spec: ModelSpec,
+    begun: Layout,
     ranks: dict[str, int],
     notices: list[str],
 ) -> Plan:
@@ -115,7 +135,8 @@ def _planned(
     training = [name for name in ranks if known[name].trains]
     judging = {name for name in ranks if known[name].evaluates and "clients" in experiment.evaluation.on}
     cohort = min(settings.cohort_size or max(1, round(settings.cohort_fraction * len(training))), len(training))
-    traffic = Traffic(experiment, strategy, spec, sorted((ranks[name] for name in training), reverse=True)[:cohort])
+    cohort_ranks = sorted((ranks[name] for name in training), reverse=True)[:cohort]
+    traffic = Traffic(experiment, strategy, spec, cohort_ranks, begun)
 
     def down(name: str, number: int, share: float = 1.0, judged: float = 1.0) -> float:
         trained = traffic.training(ranks[name], number, name in judging) if number and known[name].trains else 0
@@ -139,9 +160,7 @@ def _planned(
         cohort_size=cohort,
         bytes_up=round(sum(traffic.upload(ranks[name]) for name in training) * share * settings.rounds),
         bytes_down=round(sum(down(name, n, share, judged) for name in ranks for n in range(settings.rounds + 1))),
-        largest_download=max(
-            traffic.start(max(traffic.cohort), done) + traffic.merged(done) for done in range(settings.rounds + 1)
-        ),
+        largest_download=max(traffic.whole_start(done) + traffic.merged(done) for done in range(settings.rounds + 1)),
         notices=tuple(notices),
     )
 

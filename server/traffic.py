@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.adapter import Layout
 from common.experiment import Experiment
 from common.federation import ModelSpec
 from server.evaluation import is_evaluated
@@ -27,12 +29,15 @@ class Traffic:
         Shapes.
     cohort : sequence of int
         Ranks of a round's clients.
+    begun : Layout
+        Of the global adapter before round 1.
     """
 
     experiment: Experiment
     strategy: AggregationStrategy
     spec: ModelSpec
     cohort: Sequence[int]
+    begun: Layout
 
     def upload(self, rank: int) -> int:
         """Bytes of one trained update."""
@@ -42,10 +47,18 @@ class Traffic:
         """Bytes of the start adapter a client of this rank gets after so many merges."""
         return self._bytes(self._factors(self._expected(rank, merges)[0]) + self._heads)
 
+    def whole_start(self, merges: int) -> int:
+        """Bytes of the whole start adapter, as evaluation needs it."""
+        return self.start(sum(self.cohort), merges)
+
     def merged(self, merges: int) -> int:
         """Bytes of the global adapter after so many merges, each layer in its smaller form."""
-        rank = self._expected(1, merges)[1]
-        return self._bytes(sum(min(rank * (out + inn), out * inn) for out, inn in self.spec.layers.values()))
+        grown = self._expected(1, merges)[1]
+        ranks = dict.fromkeys(self.spec.layers, grown)
+        for name, out, inn, rank in self.begun.layers:
+            ranks[name] = grown + (rank if rank >= 0 else min(out, inn))
+        sizes = self.spec.layers
+        return self._bytes(sum(min(rank * sum(sizes[name]), math.prod(sizes[name])) for name, rank in ranks.items()))
 
     def training(self, rank: int, number: int, evaluates: bool) -> int:
         """Bytes sent for one round of training; a client that evaluated the model already holds the global adapter."""
@@ -56,7 +69,7 @@ class Traffic:
         """Bytes sent for one evaluation."""
         if not is_evaluated(self.experiment, number):
             return 0
-        return self.start(max(self.cohort), number) + self.merged(number)
+        return self.whole_start(number) + self.merged(number)
 
     @property
     def _heads(self) -> int:

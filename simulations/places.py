@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,6 @@ def _fixed(text: str, home: Path) -> str:
         if run.adapter_path is None:
             raise UserError(f"run {run.id} has no adapter to start from yet; let it finish first")
         return str((home / run.adapter_path).absolute())
-    if text.startswith("builtin") or not Path(text).exists():
+    if text.startswith("builtin") or not os.path.exists(text):
         return text
     return str(Path(text).absolute())

@@ -122,10 +122,12 @@ def resume(
         If there is nothing left to do, another process writes the run, or experiment or code changed.
     """
     place = Path(home) if home is not None else default_home()
+    with RunStore.open(place, read_only=True) as store:  # a home that is not there is not made
+        name = store.get_run(name).id
     with RunStore.open(place) as store:
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
-            begun = _checked(run, experiment, any_code)
+            begun = _checked(run, with_fixed_places(experiment, place) if experiment else None, any_code)
             if from_round is not None:
                 run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds
@@ -144,7 +146,9 @@ def resume(
 
 def _checked(run: Run, experiment: Experiment | None, any_code: bool) -> Experiment:
     begun = Experiment.from_json(run.experiment)
-    if experiment is not None and (changed := differences(begun, experiment)):
+    changed = [] if experiment is None else differences(begun, experiment)
+    changed = [change for change in changed if not change.startswith("federation.rounds:")]  # --rounds says those
+    if changed:
         raise ConfigurationError(
             [f"the experiment is not what run {run.id} began with; start a new run, or resume without it", *changed]
         )

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.base_model import four_bit
 from common.errors import ConfigurationError, DataError
 from common.tasks import Batch, ClientData, Clients, Rows, Sample, Task
 from common.text import Document
@@ -99,7 +100,7 @@ class CausalLm(Task):
 
         settings: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
         if precision == "4bit":
-            settings = {"quantization_config": _four_bit(), "device_map": "auto"}
+            settings = {"quantization_config": four_bit(), "device_map": "auto"}
         load = AutoModelForCausalLM.from_pretrained
         place, revision = self.base_place, self.revision
         return cast(nn.Module, _loaded(load, place, config=self._config(), revision=revision, **settings))
@@ -252,15 +253,3 @@ def _loaded(load: Any, place: str, **settings: Any) -> Any:
     except Exception as error:  # they raise every kind of error: network, formats, shapes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"base model {place!r} cannot be loaded: {reason[0]}") from error
-
-
-def _four_bit() -> Any:
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise ConfigurationError(
-            'training.base_precision "4bit" needs the bitsandbytes package and a GPU; install it or use "bf16"'
-        )
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

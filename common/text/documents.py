@@ -73,7 +73,7 @@ def _documents(source: str, text_column: str, key_column: str | None) -> Iterabl
     if source.startswith(_HUB):
         return _from_rows(source, _hub_rows(source), text_column, key_column)
     path = Path(os.path.expanduser(source))  # leaves a user it does not know as it stands
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, never raises
         raise DataError(f"{source} does not exist; give a file, a folder, {BUILTIN_CODE} or {_HUB}NAME")
     if path.is_dir():
         return _from_folder(path)

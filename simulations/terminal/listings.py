@@ -56,7 +56,6 @@ def run_view(summary: Summary) -> RenderableType:
         "status": f"{status_text(summary['status'])}{reason}",
         "experiment": escape(f"{summary['name']}: {summary['strategy']} on {summary['task']}, seed {summary['seed']}"),
         "rounds": f"{summary['rounds_done']} of {summary['rounds_planned']}",
-        "adapter": escape(summary["adapter"] or "none yet"),
     }
     head = Table.grid(padding=(0, 2))
     head.add_column()

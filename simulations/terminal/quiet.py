@@ -8,6 +8,7 @@ import warnings
 # Read by the libraries when they are imported; what the user has set stays.
 _SETTINGS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # also those of transformers
+    "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",  # as without it, but no warning when a process is started
 }

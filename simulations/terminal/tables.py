@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -158,7 +160,12 @@ def outcome_view(summary: Summary) -> RenderableType:
 
 
 def print_next(console: Console, summary: Summary, home: str = "") -> None:
-    """Say what to type next, in lines that can be copied; ``home`` is the ``--home`` the user gave, if any."""
+    """Say where the adapter is and what to type next, in lines that can be copied.
+
+    ``home`` is the ``--home`` the user gave, if any.
+    """
+    if summary["adapter"]:
+        console.print(f"\n[dim]adapter:[/] {escape(summary['adapter'])}", soft_wrap=True)
     run = summary["id"]
     trained = any(row["round"] and row["status"] == "committed" for row in summary["rounds"])
     if summary["status"] == "completed":
@@ -169,7 +176,14 @@ def print_next(console: Console, summary: Summary, home: str = "") -> None:
         commands += [f"export {run} --best --format peft --out adapter"] if trained else []
     console.print("\n[dim]next:[/]")
     for command in commands:
-        console.print(Text(f"  lorafleet {command}{home_flag(home)}"), soft_wrap=True)
+        console.print(Text(f"  {program()} {command}{home_flag(home)}"), soft_wrap=True)
+
+
+def program() -> str:
+    """Return what to type for this program: its name if the shell finds it, else the path it was started by."""
+    if shutil.which("lorafleet") or Path(sys.argv[0]).name != "lorafleet":
+        return "lorafleet"
+    return shlex.quote(os.path.relpath(sys.argv[0]))
 
 
 def home_flag(home: str) -> str:

@@ -14,6 +14,7 @@ from simulations.terminal.summary import list_summary, run_summary
 from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next
 
 if TYPE_CHECKING:
+    from common.experiment import Experiment
     from server.export import Format
 
 
@@ -33,12 +34,18 @@ def new(task: str, out: Path | None) -> int:
     return 0
 
 
+def _experiment(source: str, overrides: list[str]) -> Experiment:
+    from common.experiment_file import load_experiment
+    from server.plan import option_problems
+
+    return load_experiment(source, overrides, option_problems)
+
+
 def plan(source: str, overrides: list[str], output: Output) -> int:
     """Check and plan an experiment."""
-    from common.experiment_file import load_experiment
     from server.plan import make_plan
 
-    experiment = load_experiment(source, overrides)
+    experiment = _experiment(source, overrides)
     made = make_plan(experiment)
     names = {"name": experiment.name, "task": experiment.task.name, "strategy": experiment.strategy.name}
     output.show(names | asdict(made), plan_view(made, experiment))
@@ -47,10 +54,9 @@ def plan(source: str, overrides: list[str], output: Output) -> int:
 
 def simulate(source: str, overrides: list[str], output: Output) -> int:
     """Run an experiment on this machine."""
-    from common.experiment_file import load_experiment
     from simulations.terminal.session import run_session
 
-    experiment = load_experiment(source, overrides)
+    experiment = _experiment(source, overrides)
 
     def begin() -> None:
         from simulations.run import simulate

@@ -95,7 +95,7 @@ class AggregationStrategy(Plugin):
         Parameters
         ----------
         rank : int
-            Of the client.
+            Of the client; with more than the start adapter has, all of it is sent.
         cohort : sequence of int
             Ranks of a round's clients.
         merges : int
@@ -106,7 +106,7 @@ class AggregationStrategy(Plugin):
         int, int
             Rank of the start adapter that is sent, and the highest rank of the global adapter.
         """
-        return (rank if merges else 0), 0
+        return (min(rank, max(cohort)) if merges else 0), 0
 
     def refusals(self, ranks: Mapping[str, int]) -> list[str]:
         """List, in sentences, why this strategy cannot serve clients of these ranks; empty if it can."""
@@ -116,7 +116,7 @@ class AggregationStrategy(Plugin):
         others = ", ".join(f"{name} ({rank})" for name, rank in sorted(ranks.items()) if rank != common)
         fitting = [name for name in AGGREGATION.names() if AGGREGATION.plugin(name).capabilities.mixed_ranks]
         return [
-            f"strategy {self.plugin_name} needs equal ranks: most clients have {common}, but not {others}; "
+            f"strategy {self.plugin_name} needs equal ranks: rank {common} is the commonest, but not that of {others}; "
             f"give them rank {common} or use a strategy for mixed ranks: {', '.join(fitting)}"
         ]
 

@@ -11,6 +11,7 @@ the paper's for the equal scales it assumes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
@@ -39,12 +40,4 @@ class FedAvg(AggregationStrategy):
     def finish(self, state: ServerState, accumulated: WeightedSum) -> ServerState:
         """Replace the start adapter by the mean."""
         mean = accumulated.mean()
-        return ServerState(
-            state.spec,
-            mean,
-            state.global_adapter,
-            state.round + 1,
-            state.base_version,
-            state.extras,
-            merged=mean,
-        )
+        return replace(state, start=mean, round=state.round + 1, merged=mean)

@@ -12,7 +12,7 @@ columns at zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -89,15 +89,7 @@ class FFALoRA(AggregationStrategy):
     def finish(self, state: ServerState, accumulated: FrozenSum) -> ServerState:
         """Replace the start adapter by the mean, with the frozen ``a`` put back."""
         mean = accumulated.mean(frozen_factors(accumulated.layout or Layout(), accumulated.seed))
-        return ServerState(
-            state.spec,
-            mean,
-            state.global_adapter,
-            state.round + 1,
-            state.base_version,
-            state.extras,
-            merged=mean,
-        )
+        return replace(state, start=mean, round=state.round + 1, merged=mean)
 
 
 def frozen_seed(state: ServerState) -> int:

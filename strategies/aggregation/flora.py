@@ -14,6 +14,7 @@ there, and the other weights are not renormalised.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -75,13 +76,12 @@ class FLoRA(AggregationStrategy):
             layers[name] = compact(stacked) if self.is_exact() else stacked
         merged = Adapter.pack(layers, method=state.spec.method)
         total, discarded = grow(state.global_adapter, merged, self.global_rank, self.global_energy)
-        return ServerState(
-            state.spec,
-            Adapter.pack({}, mean_extras(accumulated, weights), state.spec.method),
-            total,
-            state.round + 1,
-            state.base_version + 1,
-            state.extras,
+        return replace(
+            state,
+            start=Adapter.pack({}, mean_extras(accumulated, weights), state.spec.method),
+            global_adapter=total,
+            round=state.round + 1,
+            base_version=state.base_version + 1,
             merged=merged if self.is_exact() else change(total, state.global_adapter),
             metrics={} if self.is_exact() else {"discarded_energy": discarded},
         )

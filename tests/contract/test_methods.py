@@ -36,6 +36,18 @@ SMALL: dict[str, Any] = {
 NAMES = METHODS.names()
 
 
+def having(*options: str) -> list[str]:
+    """List the methods that have these options."""
+    return [name for name in NAMES if {*options} <= METHODS.plugin(name).model_fields.keys()]
+
+
+SCALED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    *((name, {"alpha": 3.0}) for name in having("alpha")),
+    *((name, {"alpha": 3.0, "rslora": True}) for name in having("alpha", "rslora")),
+]
+
+
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -47,7 +59,7 @@ def llama() -> nn.Module:
 
 
 def classifier() -> nn.Module:
-    return seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=3)))
+    return seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL | {"num_labels": 3})))
 
 
 def gpt2() -> nn.Module:
@@ -65,6 +77,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def method(name: str, **options: Any) -> AdapterMethod:
+    """Build a method on two of the small model's layers."""
     return METHODS.create(name, {"target_modules": ["q_proj", "down_proj"]} | options)
 
 
@@ -144,34 +157,30 @@ def test_what_is_read_was_loaded(name: str, rank: int, build: Callable[[], nn.Mo
 
 @pytest.mark.parametrize("build", BASES)
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("options", [{}, {"alpha": 3.0}, {"alpha": 3.0, "rslora": True}], ids=str)
+@pytest.mark.parametrize(("plugin", "options"), SCALED, ids=str)
 def test_folding_equals_the_forward_pass(
-    name: str, rank: int, build: Callable[[], nn.Module], options: dict[str, Any]
+    plugin: str, options: dict[str, Any], rank: int, build: Callable[[], nn.Module]
 ) -> None:
     """The layers that ``read`` gives, added to the weights, are the adapted model."""
-    if not options.keys() <= METHODS.plugin(name).model_fields.keys():
-        pytest.skip(f"{name} has no {' and '.join(options)}")
-    model = adapted(name, build, target_modules=BASES[build], **options)
+    model = adapted(plugin, build, target_modules=BASES[build], **options)
     model.load(trained(model, rank))
     found = logits(model.model)
     assert not torch.allclose(found, logits(build()), atol=1e-3), "the adapter does nothing"
     torch.testing.assert_close(found, logits(folded(build, model.read())), rtol=1e-4, atol=1e-5)
 
 
-def test_the_scaling_is_what_training_uses(name: str) -> None:
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(("plugin", "options"), SCALED, ids=str)
+def test_the_scaling_is_what_training_uses(plugin: str, options: dict[str, Any], rank: int) -> None:
     """``ΔW = s B A``: the factor PEFT holds times the factor s is what ``read`` gives."""
-    for options in ({}, {"alpha": 3.0}, {"alpha": 3.0, "rslora": True}):
-        if not options.keys() <= METHODS.plugin(name).model_fields.keys():
-            continue
-        model = adapted(name, **options)
-        for rank in RANKS:
-            given = trained(model, rank)
-            model.load(given)
-            for layer, module in model.layers.items():
-                held, update = module.lora_B["default"].weight, given.layers[layer]
-                assert isinstance(update, LowRank)
-                torch.testing.assert_close(held * model.method.scaling(update.rank), update.b)
-                assert module.scaling["default"] == model.method.scaling(update.rank)
+    model = adapted(plugin, **options)
+    given = trained(model, rank)
+    model.load(given)
+    for layer, module in model.layers.items():
+        held, update = module.lora_B["default"].weight, given.layers[layer]
+        assert isinstance(update, LowRank)
+        torch.testing.assert_close(held * model.method.scaling(update.rank), update.b)
+        assert module.scaling["default"] == model.method.scaling(update.rank)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +259,8 @@ def test_an_unknown_head_is_refused(name: str) -> None:
         method(name, head=["scores"]).config(classifier())
 
 
+@pytest.mark.parametrize("name", having("dropout"))
 def test_dropout_repeats_and_evaluation_has_none(name: str) -> None:
-    if "dropout" not in METHODS.plugin(name).model_fields:
-        pytest.skip(f"{name} has no dropout")
     model = adapted(name, dropout=0.5)
     given = trained(model, 4)
 

@@ -63,6 +63,12 @@ def rounds_done(run: FinishedRun) -> tuple[str, int]:
     return run.run.status, run.run.rounds_done
 
 
+def evaluation_bytes(run: FinishedRun) -> int:
+    """Return what round 2 sent beside the orders to train, which the clients' rows count."""
+    with RunStore.open(run.home, read_only=True) as store:
+        return run.rounds[2].bytes_down - sum(row.bytes_down for row in store.client_rounds(run.run.id, 2))
+
+
 @pytest.fixture
 def undisturbed(tmp_path: Path) -> FinishedRun:
     return simulate(tiny(tmp_path), tmp_path / "undisturbed")
@@ -102,6 +108,7 @@ def test_an_interrupted_run_goes_on_and_keeps_what_it_had(
     for metrics in ("held_out_loss", "train_loss"):
         assert resumed.metrics[metrics] == undisturbed.metrics[metrics]
     assert resumed.rounds[2].bytes_up == pytest.approx(undisturbed.rounds[2].bytes_up, abs=200)
+    assert evaluation_bytes(resumed) == evaluation_bytes(undisturbed)
     with RunStore.open(tmp_path, read_only=True) as store:
         kinds = [event.kind for event in store.events(name)]
     assert kinds.count("round_started") == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,28 @@ def test_the_bits_follow_from_the_seed_and_not_from_the_workers(tmp_path: Path, 
 
     assert bits("simulation.workers=1") == bits("simulation.workers=2") == bits("simulation.workers=2")
     assert bits("seed=1") != bits()
+
+
+def test_the_order_of_arrival_plays_no_part(tmp_path: Path) -> None:
+    """Ada, the first by name, answers last."""
+    others, heard = threading.Event(), []
+
+    def slow(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and name_of(experiment, context) == "ada":
+            assert others.wait(60)
+        return client_app(message, context)
+
+    def listen(step: Progress) -> None:
+        if step.kind == "reply":
+            heard.append(step.client)
+        if len(heard) == 3:
+            others.set()
+
+    experiment = tiny(tmp_path, "federation.rounds=1")
+    with listening(listen):
+        late = drive(experiment, tmp_path, slow)
+    assert heard[3] == "ada"
+    assert sha256(late) == sha256(simulate(experiment, tmp_path))
 
 
 def test_one_experiment_after_another_in_one_process_leaves_no_trace(tmp_path: Path) -> None:
