@@ -44,6 +44,8 @@ class ExportFormat(StrEnum):
 
 def _use_plugins(folder: Path | None) -> None:
     """Make the user's own plug-ins known here and in worker processes."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--plugins {folder} is not a folder; it holds FAMILY/NAME.py, as CONTRIBUTING.md says")
     if folder is not None:
         from common.plugins import PLUGINS_VARIABLE
 

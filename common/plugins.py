@@ -139,7 +139,7 @@ def _load_file(package: str, name: str, file: Path) -> ModuleType:
     sys.modules[full_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[full_name]
         raise ConfigurationError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -88,7 +88,7 @@ def make_plan(experiment: Experiment) -> Plan:
     spec = model_spec(experiment)
     begun = initial_state(experiment, strategy, spec).global_adapter.layout
     notices = task.check_data(clients_key(clients), experiment.seed)
-    return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, ranks)])
+    return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, training)])
 
 
 def option_problems(table: Mapping[str, Any]) -> list[str]:

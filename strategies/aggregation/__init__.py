@@ -116,7 +116,7 @@ class AggregationStrategy(Plugin):
         others = ", ".join(f"{name} ({rank})" for name, rank in sorted(ranks.items()) if rank != common)
         fitting = [name for name in AGGREGATION.names() if AGGREGATION.plugin(name).capabilities.mixed_ranks]
         return [
-            f"strategy {self.plugin_name} needs equal ranks: rank {common} is the commonest, but not that of {others}; "
+            f"strategy {self.plugin_name} needs equal ranks: {others} differ from rank {common}; "
             f"give them rank {common} or use a strategy for mixed ranks: {', '.join(fitting)}"
         ]
 

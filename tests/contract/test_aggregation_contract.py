@@ -230,7 +230,7 @@ def test_mixed_ranks_are_refused_by_strategies_that_cannot_serve_them(strategy: 
         assert refused == []
     else:
         (reason,) = refused
-        assert f"{strategy.plugin_name} needs equal ranks: most clients have 4, but not bo (8)" in reason
+        assert f"{strategy.plugin_name} needs equal ranks: bo (8) differ from rank 4" in reason
         assert "flora" in reason
 
 

@@ -195,7 +195,7 @@ def test_mixed_ranks_are_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         make_plan(tiny(tmp_path, "strategy.name=fedavg"))
     assert str(caught.value) == (
-        "strategy fedavg needs equal ranks: most clients have 2, but not ben (4), dot (8); give them rank 2 or use "
+        "strategy fedavg needs equal ranks: ben (4), dot (8) differ from rank 2; give them rank 2 or use "
         "a strategy for mixed ranks: ffa_lora, flora, lora_lego"
     )
     make_plan(tiny(tmp_path, "strategy.name=fedavg", "clients.ben.trains=false", "clients.dot.trains=false"))

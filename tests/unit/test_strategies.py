@@ -322,6 +322,6 @@ class TestFedAvg:
 
     def test_the_refusal_names_clients_and_what_to_do(self) -> None:
         assert aggregation_strategy("fedavg").refusals({"ada": 4, "bo": 8, "cy": 16, "di": 8}) == [
-            "strategy fedavg needs equal ranks: most clients have 8, but not ada (4), cy (16); "
+            "strategy fedavg needs equal ranks: ada (4), cy (16) differ from rank 8; "
             "give them rank 8 or use a strategy for mixed ranks: ffa_lora, flora, lora_lego"
         ]

@@ -553,6 +553,7 @@ def test_libraries_are_quiet_unless_the_user_says_otherwise(monkeypatch: pytest.
     quiet_libraries()
     assert os.environ == {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "true",
         "TRANSFORMERS_VERBOSITY": "info",
     }
