@@ -23,7 +23,7 @@ def hold(folder: Path, parcel: Parcel) -> None:
     if path.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.{id(parcel)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{id(parcel)}.tmp")
     temporary.write_bytes(parcel_bytes(parcel, ""))
     temporary.replace(path)
     for old in sorted(folder.glob("global-*.safetensors"), key=_written, reverse=True)[KEPT_VERSIONS:]:

@@ -8,11 +8,11 @@
     │   ├── UnknownNameError             a plug-in, preset, run or client that is not there
     │   ├── DataError                    a file or data set that cannot be used
     │   └── StoreError                   home, database or artefact cannot be used
+    │       └── CorruptArtefact          a stored file is not what was committed
     ├── ClientError             reply    one client's answer is left out of the round
     │   ├── TrainingError                local training gave nothing usable
     │   └── RejectedUpdate               the server's screening refused the answer
     └── RunError                exit 3   the operator: the run cannot go on
-        └── CorruptArtefact              a stored file is not what was committed
 
 Every message is one line: what was wrong, what was expected, what to do.
 """
@@ -58,6 +58,10 @@ class StoreError(UserError):
     """The home folder, the database or a file in it cannot be used."""
 
 
+class CorruptArtefact(StoreError):
+    """A stored file differs from the hash it was committed with."""
+
+
 class ClientError(LoRAFleetError):
     """One client's answer cannot be used; the round goes on without it."""
 
@@ -74,7 +78,3 @@ class RunError(LoRAFleetError):
     """The run cannot go on; the operator must act."""
 
     exit_code = 3
-
-
-class CorruptArtefact(RunError):
-    """A stored file differs from the hash it was committed with."""

@@ -154,7 +154,7 @@ class Experiment(Section):
     """Everything that defines a run."""
 
     name: Name = Field("experiment", description="Short name; part of the run's id.")
-    seed: int = Field(0, ge=0, description="Every random choice of the run derives from it.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Every random choice of the run derives from it.")
     task: PluginChoice = Field(description="Data, base model, loss and evaluation.")
     adapter: AdapterChoice = Field(
         default_factory=AdapterChoice,

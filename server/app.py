@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import traceback
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import LoRAFleetError
+from common.errors import LoRAFleetError, RunError
 from common.experiment import Experiment
 from common.experiment_file import carried_experiment
 from common.fingerprint import run_fingerprint
@@ -69,10 +70,15 @@ def _run_locked(grid: Grid, store: RunStore, run: str) -> None:
         except KeyboardInterrupt:
             _end(store, run, "interrupted", "interrupted; go on with: lorafleet resume " + run)
             raise
-        except Exception as error:
-            kind = "" if isinstance(error, LoRAFleetError) else f"{type(error).__name__}: "
-            _end(store, run, "failed", f"{kind}{error}")
+        except LoRAFleetError as error:
+            _end(store, run, "failed", str(error))
             raise
+        except Exception as error:  # a fault of ours or of a plug-in: the run has failed, the details are kept
+            details = store.run_folder(run) / "traceback.txt"
+            details.write_text(traceback.format_exc(), encoding="utf-8")
+            reason = f"{type(error).__name__}: {error}; the details are in {details}"
+            _end(store, run, "failed", reason)
+            raise RunError(reason) from error
 
 
 def _record(store: RunStore, run: str, step: Progress) -> None:

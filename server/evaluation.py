@@ -18,9 +18,9 @@ from common.workspace import cpu_threads, workspace
 from server.cohort import evaluation_cohort
 from server.exchange import exchange
 from server.federation import Federation
-from server.journal import RoundRecord
 from server.orders import Order
 from server.progress import announce
+from server.record import RoundRecord
 
 
 def is_evaluated(experiment: Experiment, number: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,41 +20,9 @@ from common.messages import TrainAnswer, read_header
 from common.parcel_file import parcel_bytes, read_parcel
 from common.store import Artefact, ClientRound, Event, Metric, Round, Run, RunStore, verify, write_artefact
 from common.wire import Parcel
+from server.record import RoundRecord, best_metric, sentence
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RoundRecord:
-    """All that is known of a round when it is committed; ``repeated``: a resumed run tries this failed round again."""
-
-    number: int
-    cohort: tuple[str, ...]
-    base_version: int
-    started_at: datetime
-    attempt: int = 1
-    status: str = "committed"
-    reason: str | None = None
-    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    metrics: list[tuple[str, float, str, str]] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    error: float | None = None
-    exact: bool = False
-    samples: str | None = None
-    repeated: bool = False
-
-    def measure(self, name: str, value: float, client: str = "", layer: str = "") -> None:
-        """Add a number, of the whole federation unless a client or layer is named."""
-        self.metrics.append((name, value, client, layer))
-
-    def value(self, name: str) -> float | None:
-        """Return a number of the whole federation."""
-        return next(
-            (value for key, value, client, layer in self.metrics if (key, client, layer) == (name, "", "")),
-            None,
-        )
 
 
 class Begun(NamedTuple):
@@ -178,7 +146,7 @@ class StoreJournal:
             [ClientRound(self.run, number, name, **values) for name, values in sorted(record.clients.items())],
             [Metric(self.run, number, name, value, client, layer) for name, value, client, layer in record.metrics],
             artefacts,
-            [Event(self.run, record.status, _sentence(record), now, number)],
+            [Event(self.run, record.status, sentence(record), now, number)],
             **changes,
         )
         self._forget_replies(number)
@@ -224,9 +192,17 @@ class StoreJournal:
             verify(path, last.state_sha256)
             return read_state(path, spec)
         except CorruptArtefact as error:
-            whole = [row.round for row in ended if row.state_path != last.state_path]
-            offer = f"; go on from an earlier round: lorafleet resume {self.run} --from-round {max(whole, default=0)}"
-            raise CorruptArtefact(f"{error}{offer if whole else ''}") from None
+            whole = next((row.round for row in reversed(ended[:-1]) if self._is_whole(row)), None)
+            offer = f"; go on from an earlier round: lorafleet resume {self.run} --from-round {whole}"
+            raise CorruptArtefact(f"{error}{offer if whole is not None else ''}") from None
+
+    def _is_whole(self, row: Round) -> bool:
+        try:
+            assert row.state_path is not None and row.state_sha256 is not None
+            verify(self.store.artefact_file(self.run, row.state_path), row.state_sha256)
+        except CorruptArtefact:
+            return False
+        return True
 
     def publish(self, state: ServerState) -> None:
         """Write the run's adapter: global and start adapter in one."""
@@ -247,26 +223,9 @@ def _begins(event: Event, number: int) -> bool:
     return event.kind == "round_started" and event.round == number
 
 
-def best_metric(record: RoundRecord) -> float | None:
-    """Return the number runs are judged by: held-out loss, or the server's where clients do not evaluate."""
-    held_out = record.value("held_out_loss")
-    return record.value("unseen_loss") if held_out is None else held_out
-
-
 def rewind(store: RunStore, run: str, number: int) -> Run:
     """Forget the rounds after ``number``; the best round is sought among those that stay."""
     name = "held_out_loss" if store.metrics(run, "held_out_loss", client="") else "unseen_loss"
     kept = [metric for metric in store.metrics(run, name, client="") if metric.round <= number]
     best = min(kept, key=lambda metric: (metric.value, metric.round), default=None)
     return store.rewind(run, number, best_round=best.round if best else None, best_metric=best.value if best else None)
-
-
-def _sentence(record: RoundRecord) -> str:
-    if record.status == "failed":
-        return f"round {record.number} failed: {record.reason}"
-    replied = sum(values["status"] == "accepted" for values in record.clients.values())
-    loss = best_metric(record)
-    shown = "" if loss is None else f", loss {loss:.4f}"
-    if record.number == 0:
-        return f"before training{shown}"
-    return f"round {record.number}: {replied} of {len(record.cohort)} replied, {record.bytes_up / 1e6:.1f} MB{shown}"

@@ -21,8 +21,8 @@ from server.certificate import write_certificate
 from server.cohort import absent, training_cohort
 from server.evaluation import evaluation_phase, is_evaluated
 from server.federation import Federation
-from server.journal import RoundRecord, best_metric
 from server.progress import announce
+from server.record import RoundRecord, best_metric
 from server.training import Collection, training_phase
 
 

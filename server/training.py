@@ -18,9 +18,9 @@ from common.messages import TrainAnswer, TrainOrder
 from common.wire import Parcel, message_bytes, read_message, write_message
 from server.exchange import exchange
 from server.federation import Federation
-from server.journal import RoundRecord
 from server.orders import Order
 from server.progress import announce
+from server.record import RoundRecord
 from server.screening import screen
 
 

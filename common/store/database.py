@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from common.errors import StoreError
 from common.store import schema
 from common.store.artefacts import RUNS, make_folder, sync_folder
-from common.store.engine import URL_VARIABLE, connect, parse_url, place_of
+from common.store.engine import DATABASE_FILE, URL_VARIABLE, connect, parse_url, place_of
 
 # What a part of the driver's message means for the user, most special first.
 _ADVICE = (
@@ -59,6 +59,7 @@ class Database:
         """
         address = parse_url(home, url)
         place = place_of(address)
+        _check_not_lost(home, address)
         if not read_only:
             make_folder(home / RUNS)
         elif address.drivername == "sqlite" and not Path(address.database or "").exists():
@@ -78,9 +79,13 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Hold a transaction that only reads."""
-        with told_in_one_line(self.place), self.engine.connect() as connection:
-            yield connection
+        """Hold a transaction that only reads; rows that cannot be understood mean a damaged database."""
+        try:
+            with told_in_one_line(self.place), self.engine.connect() as connection:
+                yield connection
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StoreError(f"{self.place} holds a damaged row ({reason}); restore a backup") from error
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -90,6 +95,16 @@ class Database:
         engine = self.engine.execution_options(writes=True)
         with told_in_one_line(self.place), engine.begin() as connection:
             yield connection
+
+
+def _check_not_lost(home: Path, address: URL) -> None:
+    """Refuse to begin an empty database beside runs that another one knew."""
+    if address.drivername != "sqlite" or Path(address.database or "") != home / DATABASE_FILE:
+        return
+    file = home / DATABASE_FILE
+    known = sorted(folder.name for folder in (home / RUNS).glob("*/rounds"))
+    if known and (not file.exists() or file.stat().st_size == 0):
+        raise StoreError(f"{file} is lost, but {home / RUNS} still holds runs; restore it, or choose another --home")
 
 
 @contextmanager

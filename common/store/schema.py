@@ -40,7 +40,7 @@ def open_for_reading(engine: Engine, place: str) -> None:
     with engine.connect() as connection:
         found = _version(connection, place)
     if found is None:
-        raise StoreError(f"{place} holds no runs yet; simulate or submit an experiment first")
+        raise StoreError(f"{place} holds no runs yet; simulate an experiment first")
     if _is_old(found, place):
         raise StoreError(f"{place} is of the older version {found}; run `lorafleet database upgrade`")
 

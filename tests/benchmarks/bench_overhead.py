@@ -20,8 +20,9 @@ from common.messages import Presence, Query, TrainAnswer, TrainOrder
 from common.start import starting_adapter
 from common.wire import Parcel, read_message, seal, unseal, write_message
 from server.federation import Federation
-from server.journal import Begun, RoundRecord
+from server.journal import Begun
 from server.nodes import Nodes
+from server.record import RoundRecord
 from server.rounds import run_rounds
 from simulations.drivers.inprocess import InProcessGrid
 from strategies import aggregation_strategy

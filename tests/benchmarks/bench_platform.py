@@ -27,7 +27,8 @@ def commit_seconds() -> float:
     from common.federation import ModelSpec, ServerState
     from common.lowrank import LowRank
     from common.store import RunStore
-    from server.journal import RoundRecord, StoreJournal
+    from server.journal import StoreJournal
+    from server.record import RoundRecord
 
     layers = {f"layer.{i:02d}": LowRank(torch.randn(2560, 16), torch.randn(16, 2560)) for i in range(32)}
     state = ServerState(ModelSpec({}, 0), Adapter.pack(layers), Adapter.empty())

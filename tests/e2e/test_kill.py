@@ -218,7 +218,7 @@ def check_store(home: Path) -> None:
         assert [row.status for row in store.rounds(run.id)] == ["committed"] * 4
         assert {row.status for row in store.client_rounds(run.id)} == {"accepted"}
         folder = store.run_folder(run.id)
-        assert not list(folder.rglob(".*.tmp"))
+        assert not list(folder.rglob("*.tmp"))
         assert not list(folder.glob("rounds/*/replies/*"))
 
 

@@ -28,7 +28,8 @@ from common.tasks.causal_lm import BUILTIN_BASE
 from common.workspace import model_spec, task_of
 from server.app import create_run
 from server.export import export
-from server.journal import RoundRecord, StoreJournal
+from server.journal import StoreJournal
+from server.record import RoundRecord
 from simulations import simulate
 from simulations.run import FinishedRun
 from tests.tiny import tiny

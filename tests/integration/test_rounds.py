@@ -36,6 +36,9 @@ STRATEGIES = {
 }
 
 
+UNJUDGED = ("evaluation.on=[]",)
+
+
 def strategy(name: str) -> tuple[str, ...]:
     return (f"strategy.name={name.split()[0]}", *STRATEGIES[name])
 
@@ -90,10 +93,10 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert run.run.best_metric == min(losses)
 
 
-@pytest.mark.parametrize("name", ["flora", "ffa_lora", "lora_lego"])
+@pytest.mark.parametrize("name", ["flora", "lora_lego"])
 def test_the_bits_follow_from_the_seed_and_not_from_the_workers(tmp_path: Path, name: str) -> None:
     def bits(*options: str) -> str:
-        return sha256(simulate(tiny(tmp_path, *strategy(name), "training.steps=2", *options), tmp_path))
+        return sha256(simulate(tiny(tmp_path, *strategy(name), *UNJUDGED, *options), tmp_path))
 
     assert bits("simulation.workers=1") == bits("simulation.workers=2") == bits("simulation.workers=2")
     assert bits("seed=1") != bits()
@@ -150,15 +153,16 @@ def held_out_of(experiment: Experiment, name: str) -> Rows:
 @pytest.mark.parametrize(("name", "merge"), [(name, "merged") for name in STRATEGIES] + [("flora", "unmerged")])
 def test_clients_evaluate_the_base_plus_the_whole_adapter(tmp_path: Path, name: str, merge: str) -> None:
     options = (*strategy(name), "training.learning_rate=0.05", f'training.global_adapter="{merge}"')
-    experiment = tiny(tmp_path, *options)
+    experiment = tiny(tmp_path, *options, "clients.ben.evaluates=false", "clients.cyd.evaluates=false")
     run = simulate(experiment, tmp_path)
     with RunStore.open(tmp_path, read_only=True) as store:
-        for row in run.rounds:
+        for row in run.rounds[1:]:
             assert row.state_path is not None
             state = read_state(store.artefact_file(run.run.id, row.state_path), model_spec(experiment))
             whole = whole_adapter(state)
             told = {m.client: m.value for m in store.metrics(run.run.id, "held_out_loss", row.round) if m.client}
-            assert told == pytest.approx(losses_by_hand(experiment, whole), abs=1e-5)
+            expected = losses_by_hand(experiment, whole)
+            assert told == pytest.approx({name: expected[name] for name in ("ada", "dot")}, abs=1e-5)
     assert run.adapter is not None
     assert read_adapter_file(run.adapter).sha256() == whole.sha256()
     before, after = (run.round_metrics(number)["held_out_loss"] for number in (0, 2))
@@ -213,14 +217,14 @@ def test_a_round_below_its_quorum_fails_and_the_next_one_goes_on(tmp_path: Path)
     [(0.5, 2, "committed"), (0.5, 3, "failed"), (0.6, 2, "failed"), (0.75, 1, "committed"), (1.0, 1, "failed")],
 )
 def test_the_quorum_is_at_least_the_share(tmp_path: Path, share: float, silent: int, status: str) -> None:
-    experiment = tiny(tmp_path, f"federation.min_completion={share}")
+    experiment = tiny(tmp_path, f"federation.min_completion={share}", *UNJUDGED)
     run = drive(experiment, tmp_path, silenced(experiment, {1}, set(sorted(experiment.clients)[:silent])))
     assert run.rounds[1].status == status
 
 
 def test_five_clients_at_half_need_three(tmp_path: Path) -> None:
     ranks = dict.fromkeys("abcde", 2)
-    experiment = tiny(tmp_path, ranks=ranks)
+    experiment = tiny(tmp_path, *UNJUDGED, ranks=ranks)
     run = drive(experiment, tmp_path, silenced(experiment, {1}, {"a", "b", "c"}))
     assert run.rounds[1].reason == "2 valid replies of 5, 3 needed"
 
@@ -266,7 +270,7 @@ def cohorts(run: FinishedRun) -> list[tuple[str, ...]]:
 
 
 def test_cohorts_are_drawn_from_the_seed(tmp_path: Path) -> None:
-    options = ("federation.cohort_size=2", "federation.rounds=5")
+    options = ("federation.cohort_size=2", "federation.rounds=4", *UNJUDGED)
     one, two = (simulate(tiny(tmp_path, *options), tmp_path) for _ in range(2))
     other = simulate(tiny(tmp_path, *options, "seed=1"), tmp_path)
     assert cohorts(one) == cohorts(two) != cohorts(other)
@@ -276,7 +280,7 @@ def test_cohorts_are_drawn_from_the_seed(tmp_path: Path) -> None:
 
 
 def test_a_share_of_the_clients_can_be_asked(tmp_path: Path) -> None:
-    run = simulate(tiny(tmp_path, "federation.cohort_fraction=0.75"), tmp_path)
+    run = simulate(tiny(tmp_path, "federation.cohort_fraction=0.75", *UNJUDGED), tmp_path)
     assert [len(cohort) for cohort in cohorts(run)] == [3, 3]
 
 
@@ -288,6 +292,7 @@ def test_clients_that_only_evaluate_never_train(tmp_path: Path) -> None:
 
 def test_offline_and_failing_clients_are_simulated_from_the_seed(tmp_path: Path) -> None:
     options = ("simulation.offline=0.4", "simulation.dropout=0.4", "federation.rounds=4", "federation.min_completion=0")
+    options += UNJUDGED
     one, two = (simulate(tiny(tmp_path, *options), tmp_path) for _ in range(2))
     for number in range(1, 5):
         assert reasons(one, number) == reasons(two, number)
