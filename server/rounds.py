@@ -71,7 +71,9 @@ def run_rounds(
         if record.repeated:
             raise RunError(f"round {number} failed: {record.reason}; mend it and resume the run")
     if state.round == 0:
-        raise RunError("no round brought a valid reply, so nothing was trained; see the reasons above")
+        raise RunError(
+            f"no round brought a valid reply, so nothing was trained; see why: lorafleet runs show {federation.run}"
+        )
     return state
 
 

@@ -97,7 +97,10 @@ def compare(
         home=place.absolute(),
         rows=_rows(results, examples),
     )
-    write_report(comparison, out)
+    try:
+        write_report(comparison, out)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written ({error.strerror}); free some space and compare again") from None
     draw(comparison.rows, out)
     return comparison
 

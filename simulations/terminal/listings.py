@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from simulations.terminal.settings_help import toml_value
 from simulations.terminal.tables import (
@@ -65,9 +68,24 @@ def run_view(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [head, "", rounds_table(summary)]
     if summary["clients"]:
         parts += ["", _clients_table(summary)]
+    if made := last_samples(summary):
+        parts += ["", *made]
     if lines := troubles(summary):
         parts += ["", *lines]
     return Group(*parts)
+
+
+def last_samples(summary: Summary) -> list[RenderableType]:
+    """Show what the model made of the task's prompts in the last round that has samples."""
+    files = [item for item in summary["artifacts"] if item["kind"] == "samples"]
+    if not files or not Path(files[-1]["path"]).is_file():
+        return []
+    samples = json.loads(Path(files[-1]["path"]).read_text(encoding="utf-8"))
+    shown: list[RenderableType] = [f"[dim]samples of round {files[-1]['round']}[/]"]
+    return shown + [
+        Text.assemble(f"  {sample['prompt'].strip()} → ", (" ".join(sample["text"].split()), "italic"))
+        for sample in samples
+    ]
 
 
 def plugins_view(title: str, plugins: Sequence[ListedPlugin]) -> RenderableType:

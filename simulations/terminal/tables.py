@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigurationError, LoRAFleetError
+from common.plugins import PLUGINS_VARIABLE
 from simulations.terminal.summary import json_text
 
 if TYPE_CHECKING:
@@ -168,12 +169,13 @@ def print_next(console: Console, summary: Summary, home: str = "") -> None:
         console.print(f"\n[dim]adapter:[/] {escape(summary['adapter'])}", soft_wrap=True)
     run = summary["id"]
     trained = any(row["round"] and row["status"] == "committed" for row in summary["rounds"])
+    export = f"export {run} {'--best ' if summary['best_round'] else ''}--format peft --out adapter"
+    commands = [f"runs show {run}"]
     if summary["status"] == "completed":
-        commands = [f"runs show {run}", f"export {run} --best --format peft --out adapter"]
-        commands.append(f"resume {run} --rounds {summary['rounds_planned'] * 2}")
+        whole = summary["rounds_done"] == summary["rounds_planned"]
+        commands += [export, *([f"resume {run} --rounds {summary['rounds_planned'] * 2}"] if whole else [])]
     else:
-        commands = [f"resume {run}", f"runs show {run}"]
-        commands += [f"export {run} --best --format peft --out adapter"] if trained else []
+        commands = [f"resume {run}", *commands, *([export] if trained else [])]
     console.print("\n[dim]next:[/]")
     for command in commands:
         console.print(Text(f"  {program()} {command}{home_flag(home)}"), soft_wrap=True)
@@ -187,8 +189,10 @@ def program() -> str:
 
 
 def home_flag(home: str) -> str:
-    """Repeat the ``--home`` the user gave in a command to type."""
-    return f" --home {shlex.quote(home)}" if home else ""
+    """Repeat the ``--home`` and ``--plugins`` the user gave in a command to type."""
+    plugins = os.environ.get(PLUGINS_VARIABLE)
+    given = (("--home", home), ("--plugins", plugins))
+    return "".join(f" {flag} {shlex.quote(value)}" for flag, value in given if value)
 
 
 def numbers_table(*columns: str) -> Table:

@@ -54,7 +54,7 @@ def llama() -> nn.Module:
 
 
 def classifier() -> nn.Module:
-    return seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=3)))
+    return seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL | {"num_labels": 3})))
 
 
 def gpt2() -> nn.Module:

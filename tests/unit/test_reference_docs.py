@@ -83,7 +83,7 @@ def test_every_key_is_there_with_values_default_and_meaning(heading: str) -> Non
 @pytest.mark.parametrize(
     ("heading", "key", "values", "default"),
     [
-        ("Top level", "seed", "whole number ≥ 0", "`0`"),
+        ("[training]", "steps", "whole number ≥ 1", "`20`"),
         ("Top level", "task", "table", "required"),
         ("Top level", "clients", "table", "see below"),
         ("[training]", "schedule", "`constant` · `cosine` · `linear`", '`"constant"`'),

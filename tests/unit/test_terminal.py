@@ -181,13 +181,20 @@ def test_what_to_type_next_fits_the_status_and_can_be_copied(store: RunStore) ->
         f"  lorafleet runs show {run} --home 'my home'",
     ]
     commit(store, run, 1, 4.0)
-    store.set_status(run, "completed")
+    store.set_status(run, "completed")  # ended early, by patience
+    console = Console(file=io.StringIO(), width=40)
+    print_next(console, run_summary(store, run))
+    assert console.file.getvalue().splitlines()[2:] == [  # type: ignore[attr-defined]
+        f"  lorafleet runs show {run}",
+        f"  lorafleet export {run} --format peft --out adapter",
+    ]
+    store.update_run(run, rounds_planned=1, best_round=1)
     console = Console(file=io.StringIO(), width=40)
     print_next(console, run_summary(store, run))
     assert console.file.getvalue().splitlines()[2:] == [  # type: ignore[attr-defined]
         f"  lorafleet runs show {run}",
         f"  lorafleet export {run} --best --format peft --out adapter",
-        f"  lorafleet resume {run} --rounds 6",
+        f"  lorafleet resume {run} --rounds 2",
     ]
 
 

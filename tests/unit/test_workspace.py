@@ -90,7 +90,11 @@ def test_a_base_model_is_loaded_once_and_only_the_last_is_kept() -> None:
     loads: list[str] = []
 
     def load(name: str) -> Any:
-        return base_model(name, lambda: loads.append(name) or nn.Linear(2, 2))  # type: ignore[func-returns-value]
+        def build() -> nn.Module:
+            loads.append(name)
+            return nn.Linear(2, 2)
+
+        return base_model(name, build)
 
     assert load("one") is load("one")
     load("two")
