@@ -118,14 +118,16 @@ def new(task: Source, out: NewFile = None, _plugins: Plugins = None) -> int:
 
 
 @app.command()
-def plan(source: Source, settings: Settings = None, as_json: Json = False, _plugins: Plugins = None) -> int:
+def plan(
+    source: Source, settings: Settings = None, home: Home = None, as_json: Json = False, _plugins: Plugins = None
+) -> int:
     """Check an experiment; show its clients, ranks and bytes.
 
     SOURCE is the name of a preset or the path of an experiment file.
     """
     from simulations.terminal import verbs
 
-    return verbs.plan(source, settings or [], _output(None, as_json))
+    return verbs.plan(source, settings or [], _output(home, as_json))
 
 
 @app.command()

@@ -38,7 +38,7 @@ def with_fixed_places(experiment: Experiment, home: Path) -> Experiment:
 
 def _fixed(text: str, home: Path) -> str:
     if text.startswith(RUN):
-        with RunStore.open(home) as store:
+        with RunStore.open(home, read_only=True) as store:
             run = store.get_run(text.removeprefix(RUN))
         if run.adapter_path is None:
             raise UserError(f"run {run.id} has no adapter to start from yet; let it finish first")

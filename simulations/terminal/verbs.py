@@ -44,8 +44,9 @@ def _experiment(source: str, overrides: list[str]) -> Experiment:
 def plan(source: str, overrides: list[str], output: Output) -> int:
     """Check and plan an experiment."""
     from server.plan import make_plan
+    from simulations.places import with_fixed_places
 
-    experiment = _experiment(source, overrides)
+    experiment = with_fixed_places(_experiment(source, overrides), output.home)
     made = make_plan(experiment)
     names = {"name": experiment.name, "task": experiment.task.name, "strategy": experiment.strategy.name}
     output.show(names | asdict(made), plan_view(made, experiment))
