@@ -59,10 +59,13 @@ class WeightedSum:
         return self
 
     def mean(self, inner: Tensor | None = None) -> Adapter:
-        """Divide by the total weight; a nested sum is completed by the flat ``inner`` factors."""
+        """Divide by the total weight, in place, which closes the sum.
+
+        A nested sum is completed by the flat ``inner`` factors.
+        """
         if self.total is None or self.layout is None:
             raise ConfigurationError(NO_UPDATE)
-        mean = self.total / self.weight
+        mean, self.total = self.total.div_(self.weight), None
         return Adapter(mean if inner is None else torch.cat([mean, inner.to(mean.dtype)]), self.layout)
 
     def _widen(self, joint: Layout | None, client: str) -> None:
