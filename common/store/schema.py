@@ -10,6 +10,7 @@ one, change ``models.py`` and write the next file by hand, or have alembic draft
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 _UPGRADE_KEY = 0x10_7A_F1_EE7
 
 
+@cache
 def known_versions() -> list[str]:
     """Return the versions this code knows, oldest first."""
     return sorted(file.name.partition("_")[0] for file in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
