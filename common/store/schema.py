@@ -25,10 +25,14 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 _UPGRADE_KEY = 0x10_7A_F1_EE7
 
 
-@cache
 def known_versions() -> list[str]:
     """Return the versions this code knows, oldest first."""
-    return sorted(file.name.partition("_")[0] for file in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
+    return _versions_in(MIGRATIONS / "versions")
+
+
+@cache
+def _versions_in(folder: Path) -> list[str]:
+    return sorted(file.name.partition("_")[0] for file in folder.glob("[0-9]*_*.py"))
 
 
 def open_for_reading(engine: Engine, place: str) -> None:
