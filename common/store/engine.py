@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from common.errors import StoreError
 
 DATABASE_FILE = "lorafleet.db"
+WAL_TRIES, WAL_WAIT_S = 100, 0.05
 URL_VARIABLE = "LORAFLEET_DATABASE_URL"
 BUSY_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
@@ -72,11 +74,26 @@ def _sqlite_engine(url: URL, read_only: bool) -> Engine:
 def _sqlite_writer(path: Path) -> Callable[[], sqlite3.Connection]:
     def create() -> sqlite3.Connection:
         connection = _sqlite_connection(f"file:{quote(str(path))}?mode=rwc")
+        _write_ahead(connection)
         # FULL: a committed round survives a power cut, not only a kill.
-        connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;")
+        connection.executescript("PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;")
         return connection
 
     return create
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to write-ahead logging; SQLite does not wait by itself when two processes do so at once."""
+    for _ in range(WAL_TRIES):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            time.sleep(WAL_WAIT_S)
+        else:
+            return
+    connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _sqlite_reader(path: Path) -> Callable[[], sqlite3.Connection]:
