@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -172,11 +173,13 @@ def _write(path: Path, data: bytes | Callable[[Path], object]) -> tuple[str, int
         _flush(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest(), len(data)
+    with ThreadPoolExecutor(1) as pool:  # hash while the disk works
+        digest = pool.submit(hashlib.sha256, data)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.result().hexdigest(), len(data)
 
 
 def _flush(path: Path) -> None:
