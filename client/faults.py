@@ -1,12 +1,13 @@
-"""Clients that fail on purpose: ``[simulation] dropout`` and ``stragglers``, drawn from the run's seed."""
+"""Clients that fail or lie on purpose: ``dropout``, ``stragglers`` and ``attackers`` of ``[simulation]``, seeded."""
 
 from __future__ import annotations
 
 import time
 
 from client.node import Node
+from common.adapter import Adapter
 from common.errors import ClientError
-from common.seeds import chance
+from common.seeds import chance, derive_seed
 
 
 def suffer(node: Node, number: int) -> None:
@@ -22,3 +23,16 @@ def suffer(node: Node, number: int) -> None:
         raise ClientError("dropped out (simulation.dropout)")
     if chance(simulation.stragglers, seed, "straggler", number, node.name):
         time.sleep(simulation.straggler_delay_s)
+
+
+def is_attacker(node: Node) -> bool:
+    """Tell whether this client is one of ``simulation.attackers``: the same ones in every round."""
+    experiment = node.experiment
+    training = [name for name, client in experiment.simulated_clients().items() if client.trains]
+    drawn = sorted(training, key=lambda name: (derive_seed(experiment.seed, "attacker", name), name))
+    return node.name in drawn[: experiment.simulation.attackers]
+
+
+def lied(start: Adapter, trained: Adapter, scale: float) -> Adapter:
+    """Return what a liar sends: ``start + scale (trained − start)``; what did not learn keeps its bits."""
+    return trained.with_flat(start.flat + scale * (trained.flat - start.flat))

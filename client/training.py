@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from client.penalties import proximal, tail_norms
+from common.adapted_model import ADAPTER, AdaptedModel
 from common.errors import TrainingError
 from common.experiment import TrainingSettings
 from common.federation import TrainedFactors
@@ -28,7 +30,13 @@ class Position:
     client: str
 
 
-def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedFactors = "ab") -> dict[str, float]:
+def train(
+    workspace: Workspace,
+    rows: Rows,
+    position: Position,
+    trains: TrainedFactors = "ab",
+    tail: tuple[float, float] | None = None,
+) -> dict[str, float]:
     """Train the workspace's adapter in place.
 
     Parameters
@@ -39,13 +47,15 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
         The client's examples.
     position : Position
         Round and client.
-    trains : {"ab", "b", "a"}
-        Factors that learn.
+    trains : {"ab", "b", "a", "core", "sparse"}
+        What learns.
+    tail : (float, float), optional
+        HetLoRA's γ and λ, to penalise the rank slots after the first share γ.
 
     Returns
     -------
     dict
-        ``train_loss``: mean over the round's steps; ``last_loss``: of the last step.
+        ``train_loss``: mean over the round's steps; ``last_loss``: of the last step. Both without penalties.
 
     Raises
     ------
@@ -57,6 +67,7 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
     settings, adapted = workspace.experiment.training, workspace.adapted
     parameters = adapted.train_only(trains)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    penalties = _penalties(adapted, parameters, settings.proximal_mu, tail)
     device = parameters[0].device
     precision = autocast_dtype(settings.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -74,6 +85,8 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
                     part = workspace.task.row_losses(adapted.model, rows.take(numbers)).mean() / settings.accumulation
                 scaler.scale(part).backward()
                 loss += part.detach()
+            for penalty in penalties:
+                scaler.scale(penalty()).backward()
             losses.append(_finite(float(loss), step))
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -81,6 +94,27 @@ def train(workspace: Workspace, rows: Rows, position: Position, trains: TrainedF
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
     return {"train_loss": sum(losses) / len(losses), "last_loss": losses[-1]}
+
+
+def _penalties(
+    adapted: AdaptedModel, parameters: Sequence[nn.Parameter], mu: float, tail: tuple[float, float] | None
+) -> list[Callable[[], Tensor]]:
+    """List what is added to the data's loss once per step; nothing by default, so that no bit changes."""
+    found: list[Callable[[], Tensor]] = []
+    if mu:
+        start = [parameter.detach().clone() for parameter in parameters]
+        found.append(lambda: proximal(parameters, start, mu))
+    if tail is not None:
+        share, strength = tail
+        found.append(lambda: tail_norms(_factors(adapted), share, strength))
+    return found
+
+
+def _factors(adapted: AdaptedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each layer's b, every scale in it, and a."""
+    for layer in adapted.layers.values():
+        b, a = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        yield b.flatten(1) * layer.scaling[ADAPTER], a.flatten(1)
 
 
 @contextmanager

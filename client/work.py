@@ -1,32 +1,39 @@
 """What a node does with an order.
 
 The way of an adapter: parcel → ``unseal`` → ``starting_adapter`` → the model → ``train`` → ``AdaptedModel.read`` →
-``seal`` → answer.
+``upload`` → answer. What a client keeps to itself joins it in between.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from flwr.app import RecordDict
 
 from client.answers import keep_answer, order_key, stored_answer
 from client.device import device_name, free_memory, largest_rank
-from client.faults import suffer
+from client.faults import is_attacker, lied, suffer
 from client.held import held, hold
+from client.memory import recall, remember
 from client.node import Node
+from client.own import OWN, own_part, with_own
+from client.secure.masking import Mask, join_sum
+from client.secure.vault import end_session
 from client.training import Position, train
-from common.adapter import tensor_bytes
+from client.upload import upload
+from common.adapter import Adapter
 from common.errors import ClientError
 from common.federation import Dispatch
 from common.fingerprint import code_fingerprint
-from common.messages import EvaluateAnswer, EvaluateOrder, Presence, Query, TrainAnswer, TrainOrder
+from common.messages import EvaluateAnswer, EvaluateOrder, ModelOrder, Presence, Query, TrainAnswer, TrainOrder
 from common.seeds import derive_seed
 from common.start import starting_adapter
 from common.tasks import ClientData
-from common.wire import Parcel, read_message, seal, unseal, write_message
+from common.travel import untrained_hash
+from common.wire import Parcel, read_message, unseal, write_message
 from common.workspace import Workspace, choose_device, model_spec, workspace
 
 
@@ -43,12 +50,12 @@ def present(node: Node, content: RecordDict) -> RecordDict:
 def train_order(node: Node, content: RecordDict) -> RecordDict:
     """Answer a training order, from the stored answer if it was done before."""
     order, parcels = read_message(content, TrainOrder)
-    _check(order.fingerprint, order.client, node)
+    check_order(order.fingerprint, order.client, node)
     key = order_key(order, _parcel(parcels, "start"))
     if node.folder and (stored := stored_answer(node.folder, key)):
         return stored
     suffer(node, order.round)
-    answer, update = _train(node, order, parcels)
+    answer, update = _train(node, order, parcels, join_sum(node, order, key))
     if node.folder:
         keep_answer(node.folder, key, answer, update)
     return write_message(answer, {"update": update})
@@ -57,11 +64,15 @@ def train_order(node: Node, content: RecordDict) -> RecordDict:
 def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
     """Answer an evaluation order."""
     order, parcels = read_message(content, EvaluateOrder)
-    _check(order.fingerprint, order.client, node)
+    check_order(order.fingerprint, order.client, node)
+    end_session(node, order.round)
     started = time.perf_counter()
     place = workspace(node.experiment)
     held_out = _data(place, node).held_out
-    start = unseal(_parcel(parcels, "start"), order.frozen_a)
+    known = _known(node, order, parcels)
+    start = unseal(_parcel(parcels, "start"), known)
+    if known.keeps_b:
+        start = with_own(start, recall(node.folder, OWN, order.round + 1))
     _use(place, node, order.global_hash, parcels)
     place.adapted.load(start)
     answer = EvaluateAnswer(
@@ -69,25 +80,32 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
         round=order.round,
         num_examples=float(len(held_out)),
         metrics=place.task.evaluate(place.adapted.model, held_out),
-        holds=order.global_hash if node.shared else "",
+        holds=_holds(node, order),
         seconds=time.perf_counter() - started,
     )
     return write_message(answer)
 
 
-def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tuple[TrainAnswer, Parcel]:
+def _train(
+    node: Node, order: TrainOrder, parcels: Mapping[str, Parcel], mask: Mask | None
+) -> tuple[TrainAnswer, Parcel]:
     started = time.perf_counter()
     place = workspace(node.experiment)
     rows = _data(place, node).train
-    given = unseal(_parcel(parcels, "start"), order.frozen_a)
-    dispatch = Dispatch(given, order.rank, order.seed, order.trains, order.frozen_a)
+    known = _known(node, order, parcels)
+    dispatch = replace(known, start=unseal(_parcel(parcels, "start"), known))
     start = starting_adapter(dispatch, place.adapted.spec(node.experiment.seed))
+    if dispatch.keeps_b:
+        start = with_own(start, recall(node.folder, OWN, order.round))
     seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
     _use(place, node, order.global_hash, parcels)
-    place.adapted.load(start, seed)
+    place.adapted.load(start, seed, dispatch)
     metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains)
     trained = place.adapted.read()
-    frozen = order.frozen_a is not None
+    if is_attacker(node):
+        trained = lied(start, trained, node.experiment.simulation.attack_scale)
+    if dispatch.keeps_b:
+        remember(_folder(node), OWN, order.round, own_part(trained))
     answer = TrainAnswer(
         client=node.name,
         round=order.round,
@@ -95,10 +113,43 @@ def _train(node: Node, order: TrainOrder, parcels: Mapping[str, Parcel]) -> tupl
         num_examples=float(len(rows)),
         seconds=time.perf_counter() - started,
         metrics=metrics,
-        holds=order.global_hash if node.shared else "",
-        frozen_hash=hashlib.sha256(tensor_bytes(trained.inner_factors)).hexdigest() if frozen else None,
+        holds=_holds(node, order),
+        frozen_hash=untrained_hash(trained, dispatch),
     )
-    return answer, seal(trained, node.experiment.federation.wire, whole=not frozen, hashed=False)
+    if mask is not None:
+        return mask.hide(answer, trained, dispatch)
+    return answer, upload(node, order, dispatch, start, trained)
+
+
+def _known(node: Node, order: ModelOrder, parcels: Mapping[str, Parcel]) -> Dispatch:
+    """Return what the order says of the adapter, beside its numbers."""
+    frames = _received(node, "frames", order.frames_hash, parcels) if order.frames_hash else None
+    trains, tail = (order.trains, order.tail) if isinstance(order, TrainOrder) else ("ab", None)
+    return Dispatch(
+        Adapter.empty(), order.rank, order.seed, trains, order.frozen_a, frames, order.keeps_b, order.density, tail
+    )
+
+
+def _received(node: Node, kind: str, version: str, parcels: Mapping[str, Parcel]) -> Adapter:
+    """Return a version of the global adapter or of frames, sent with the order or held from an earlier one."""
+    sent = parcels.get(kind)
+    if sent is None:
+        return held(node.shared, version, kind)
+    if sent.digest != version:
+        raise ClientError(f"the {kind} adapter is not the one the order names")
+    if node.shared is not None:
+        hold(node.shared, sent, kind)
+    return unseal(sent)
+
+
+def _holds(node: Node, order: ModelOrder) -> tuple[str, ...]:
+    return tuple(version for version in (order.global_hash, order.frames_hash) if version and node.shared)
+
+
+def _folder(node: Node) -> Path:
+    if node.folder is None:
+        raise ClientError("the strategy needs a client that remembers, but this one has no folder of its own")
+    return node.folder
 
 
 def _data(place: Workspace, node: Node) -> ClientData:
@@ -106,14 +157,10 @@ def _data(place: Workspace, node: Node) -> ClientData:
 
 
 def _use(place: Workspace, node: Node, version: str, parcels: Mapping[str, Parcel]) -> None:
-    """Put the model on a version of the global adapter, sent with the order or held from an earlier one."""
+    """Put the model on a version of the global adapter."""
     sent = parcels.get("global")
-    if sent is not None and sent.digest != version:
-        raise ClientError("the global adapter is not the one the order names")
-    if sent is not None and node.shared is not None:
-        hold(node.shared, sent)
-    if not place.adapted.holds(version):
-        place.adapted.use_global(unseal(sent) if sent is not None else held(node.shared, version), version)
+    if sent is not None or not place.adapted.holds(version):
+        place.adapted.use_global(_received(node, "global", version, parcels), version)
 
 
 def _parcel(parcels: Mapping[str, Parcel], name: str) -> Parcel:
@@ -122,7 +169,8 @@ def _parcel(parcels: Mapping[str, Parcel], name: str) -> Parcel:
     return parcels[name]
 
 
-def _check(fingerprint: str, client: str, node: Node) -> None:
+def check_order(fingerprint: str, client: str, node: Node) -> None:
+    """Refuse an order of other code, or for another client."""
     _check_code(fingerprint)
     if client != node.name:
         raise ClientError(f"the order is for client {client}, this is {node.name}")

@@ -7,18 +7,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from common.adapter import Adapter
 from common.base_model import BaseModel, attach, layer_shape
+from common.core_factor import CoredFactor, cored
 from common.errors import ConfigurationError
-from common.federation import ModelSpec, TrainedFactors
+from common.federation import Dispatch, ModelSpec, TrainedFactors
 from common.lowrank import Dense, LowRank, Update
 from common.methods import AdapterMethod
 from common.seeds import derive_seed
+from common.sparse_branch import SparseBranch, beside
+from common.travel import places
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that is attached."""
@@ -76,6 +78,7 @@ class AdaptedModel:
         self._global_version, self._seed = "", 0
         self._hooks: list[Any] = []
         self._scalings: dict[str, float] = {}
+        self._branches: dict[str, SparseBranch] = {}
         for layer in self.layers.values():
             self._prepare(layer)
 
@@ -141,29 +144,49 @@ class AdaptedModel:
             if update.shape != (shape := layer_shape(layer.get_base_layer())):
                 raise ConfigurationError(f"the adapter's layer {name} is {update.shape}; the model's is {shape}")
 
-    def load(self, adapter: Adapter, seed: int = 0) -> None:
+    def load(self, adapter: Adapter, seed: int = 0, dispatch: Dispatch | None = None) -> None:
         """Take over an adapter's factors and heads; layers it lacks change nothing, heads it lacks are the base's.
 
         Parameters
         ----------
         adapter : Adapter
-            Low-rank layers only; the scale is in ``b``, and goes back to the method's own here.
+            Its scale is in ``b``, and goes back to the method's own here; a dense layer runs beside its base layer.
         seed : int
             Seeds the adapter's dropout.
+        dispatch : Dispatch, optional
+            For training: names the frames of a core, or the entries of a matrix, that are to learn.
         """
         self.check(adapter)
+        self._close()
         for name, layer in self.layers.items():
             update = adapter.layers.get(name)
             if isinstance(update, Dense):
-                raise ConfigurationError(f"layer {name} is dense; only low-rank layers can be trained")
+                learn = None
+                if dispatch is not None and dispatch.density is not None:
+                    learn = places(dispatch.seed, name, update.w.numel(), dispatch.density)
+                self._branches[name] = SparseBranch(layer.get_base_layer(), update.w, learn)
+                update = None
             if update is None or not update.rank:
                 update = _nothing(layer)
             self._scalings[name] = self.method.scaling(update.rank)
             _set_factors(layer, update, self._scalings[name])
+            if dispatch is not None and dispatch.trains == "core" and dispatch.frames is not None:
+                frame = dispatch.frames.layers[name]
+                assert isinstance(frame, LowRank)
+                layer.lora_B[ADAPTER] = cored(layer.lora_B[ADAPTER], frame.b[:, : update.rank])
         for name, head in self.heads.items():
             head.data = adapter.extras.get(name, self._initial_heads[name]).to(head.device, head.dtype).clone()
         self._seed = seed
         self.begin_pass(0)
+
+    def _close(self) -> None:
+        """Take away what the client before trained beside the factors."""
+        for branch in self._branches.values():
+            branch.remove()
+        self._branches = {}
+        for layer in self.layers.values():
+            if isinstance(factor := layer.lora_B[ADAPTER], CoredFactor):
+                layer.lora_B[ADAPTER] = factor.frame
 
     def begin_pass(self, number: int) -> None:
         """Seed the dropout of one forward and backward pass, each layer's for itself."""
@@ -175,6 +198,9 @@ class AdaptedModel:
         """Return the factors as they are now, every scale in ``b``, on the CPU in fp32."""
         layers: dict[str, Update] = {}
         for name, layer in self.layers.items():
+            if name in self._branches:
+                layers[name] = Dense(self._branches[name].matrix().detach().float().cpu())
+                continue
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             layers[name] = LowRank(
                 b.detach().float().cpu().flatten(1) * self._scalings[name],
@@ -184,13 +210,21 @@ class AdaptedModel:
         return Adapter.pack(layers, heads, self.method.plugin_name)
 
     def train_only(self, factors: TrainedFactors) -> list[nn.Parameter]:
-        """Let the named factors and the heads learn, freeze all else, and return what learns."""
+        """Let the named factors and the heads learn, freeze all else, and return what learns.
+
+        A core or the entries of a matrix must have been named when the start was loaded.
+        """
         for parameter in self.peft_model.parameters():
             parameter.requires_grad_(False)
         chosen = list(self.heads.values())
+        chosen += [branch.values for branch in self._branches.values()]
         for layer in self.layers.values():
+            if isinstance(factor := layer.lora_B[ADAPTER], CoredFactor):
+                core = factor.core.weight
+                assert isinstance(core, nn.Parameter)
+                chosen.append(core)
             for letter, holder in (("a", layer.lora_A), ("b", layer.lora_B)):
-                if letter in factors:
+                if factors in ("ab", letter):
                     chosen.append(holder[ADAPTER].weight)
         for parameter in chosen:
             parameter.requires_grad_(True)
@@ -240,12 +274,9 @@ def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
 
 
 def _add_beside(update: Update, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = inputs[0].float()
-    if isinstance(module, nn.Conv2d):
-        kernel = update.dense().to(x.device).reshape(module.weight.shape)
-        extra = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)
-    elif isinstance(update, LowRank):
-        extra = x @ update.a.to(x.device).T @ update.b.to(x.device).T
+    (x,) = inputs
+    if isinstance(update, LowRank) and not isinstance(module, nn.Conv2d):
+        extra = x.float() @ update.a.to(x.device).T @ update.b.to(x.device).T
     else:
-        extra = x @ update.w.to(x.device).T
+        extra = beside(update.dense(), module, x)
     return output + extra.to(output.dtype)

@@ -12,6 +12,7 @@
     ├── ClientError             reply    one client's answer is left out of the round
     │   ├── TrainingError                local training gave nothing usable
     │   └── RejectedUpdate               the server's screening refused the answer
+    ├── SumFailed               round    a secure sum lacks clients; its round fails, nothing is revealed
     └── RunError                exit 3   the operator: the run cannot go on
 
 Every message is one line: what was wrong, what was expected, what to do.
@@ -72,6 +73,10 @@ class TrainingError(ClientError):
 
 class RejectedUpdate(ClientError):
     """The server's screening refused an update."""
+
+
+class SumFailed(LoRAFleetError):
+    """A secure sum cannot be had: its round has failed, and nothing of it was revealed."""
 
 
 class RunError(LoRAFleetError):

@@ -43,6 +43,18 @@ class StrategyChoice(PluginChoice):
     name: Name = Field("flora", description="File name of the plug-in, without .py.")
 
 
+class RobustChoice(PluginChoice):
+    """What is done against bad clients before merging."""
+
+    name: Name = Field("none", description="File name of the plug-in, without .py; none: merge what passed the checks.")
+
+
+class OptimizerChoice(PluginChoice):
+    """What the server does with the merged update."""
+
+    name: Name = Field("none", description="File name of the plug-in, without .py; none: take the update as it is.")
+
+
 class ClientSettings(Section):
     """One simulated client. On a real node its own client.toml takes this place."""
 
@@ -54,6 +66,12 @@ class ClientSettings(Section):
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
         description="Rank it trains; default: the adapter's; auto: what its device can carry, at most the adapter's.",
+    )
+    upload_bytes: int | None = Field(
+        None, ge=1, description="Bytes of one upload; its rank is the largest that fits, at most the one given."
+    )
+    download_bytes: int | None = Field(
+        None, ge=1, description="Bytes of one download, instead of federation.download_bytes."
     )
     pool: tuple[str, ...] = Field((), description="Names of clients whose training data it holds together.")
     trains: bool = Field(True, description="Takes part in training.")
@@ -74,6 +92,9 @@ class TrainingSettings(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up at the beginning of every round.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    proximal_mu: float = Field(
+        0.0, ge=0, description="FedProx: adds μ/2 times the squared distance from the round's start to the loss."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Autocast of forward and backward; auto: bf16 on a GPU that has it, fp32 elsewhere.",
@@ -118,7 +139,25 @@ class FederationSettings(Section):
     max_update_norm: float | None = Field(
         None, gt=0, description="Replies whose factors' norm exceeds this are left out."
     )
-    wire: Literal["fp32", "fp16"] = Field("fp32", description="Number format of adapters on the wire.")
+    max_weight_share: float | None = Field(
+        None, gt=0, le=1, description="Largest share of a round's weight one client may have; the rest is shared out."
+    )
+    wire: Literal["fp32", "fp16", "bf16", "int8", "int4"] = Field(
+        "fp32", description="Number format of uploads; int8 and int4 send the change in blocks with a scale each."
+    )
+    error_feedback: bool = Field(
+        True, description="Clients add what int8 or int4 lost to their next upload, where the strategy allows it."
+    )
+    wire_down: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of downloads.")
+    download_rank: int | None = Field(
+        None, ge=1, description="Largest rank of a downloaded layer; cut by SVD, the loss is recorded."
+    )
+    download_energy: float | None = Field(
+        None, gt=0, lt=1, description="Share of each downloaded layer's squared norm to keep."
+    )
+    download_bytes: int | None = Field(
+        None, ge=1, description="Bytes of one download; the largest rank that fits is sent."
+    )
     keep_replies: bool = Field(False, description="Keep every reply after its round is committed.")
 
 
@@ -135,6 +174,16 @@ class EvaluationSettings(Section):
     )
 
 
+class SecureSettings(Section):
+    """Secure aggregation: the server learns the sum of the updates, and no update."""
+
+    enabled: bool = Field(False, description="Mask every upload; needs a linear strategy.")
+    min_cohort: int = Field(3, ge=2, description="Clients a sum must hold; with fewer nothing is revealed.")
+    threshold: float = Field(
+        2 / 3, gt=0.5, le=1, description="Share of a round's clients that must stay to its end; fewer reveal nothing."
+    )
+
+
 class SimulationSettings(Section):
     """Simulated clients on one machine."""
 
@@ -146,6 +195,8 @@ class SimulationSettings(Section):
     offline: float = Field(0.0, ge=0, lt=1, description="Chance that a client is offline in a round, seeded.")
     stragglers: float = Field(0.0, ge=0, lt=1, description="Chance that a client answers late in a round, seeded.")
     straggler_delay_s: float = Field(5.0, gt=0, description="Seconds a straggler waits before it answers.")
+    attackers: int = Field(0, ge=0, description="Clients that lie, drawn from the seed.")
+    attack_scale: float = Field(-10.0, description="Attackers multiply what they learned by this.")
     client_cpus: int = Field(1, ge=1, description="CPUs per client (ray driver).")
     client_gpus: float = Field(0.0, ge=0, description="GPUs per client (ray driver).")
 
@@ -161,11 +212,18 @@ class Experiment(Section):
         description="How an adapter is attached and trained.",
     )
     strategy: StrategyChoice = Field(default_factory=StrategyChoice, description="How the server merges adapters.")
+    robust: RobustChoice = Field(
+        default_factory=RobustChoice, description="What is done against bad clients before merging."
+    )
+    server_optimizer: OptimizerChoice = Field(
+        default_factory=OptimizerChoice, description="What the server does with the merged update."
+    )
     clients: dict[Name, ClientSettings] = Field(
         default_factory=dict, description="Simulated clients by name: [clients.NAME]."
     )
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="Local training.")
     federation: FederationSettings = Field(default_factory=FederationSettings, description="Rounds and cohorts.")
+    secure_aggregation: SecureSettings = Field(default_factory=SecureSettings, description="Masked uploads.")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Evaluation.")
     simulation: SimulationSettings = Field(default_factory=SimulationSettings, description="Simulation.")
 

@@ -12,7 +12,7 @@ from common.errors import ConfigurationError, DataError, UnknownNameError
 from common.experiment import Experiment
 
 PRESETS = Path(__file__).resolve().parents[1] / "simulations" / "presets"
-PLUGIN_SECTIONS = ("task", "adapter", "strategy")
+PLUGIN_SECTIONS = ("task", "adapter", "strategy", "robust", "server_optimizer")
 
 Table = dict[str, Any]
 

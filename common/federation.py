@@ -15,7 +15,11 @@ from torch import Tensor
 
 from common.adapter import Adapter
 
-TrainedFactors = Literal["ab", "b", "a"]
+TrainedFactors = Literal["ab", "b", "a", "core", "sparse"]
+"""What learns: both factors, one of them, the square core between two frozen frames, or a few entries of the matrix."""
+
+Part = Literal["ab", "b", "a", "inner", "core", "sparse"]
+"""What of an adapter travels, always with the heads except for ``inner``: the factors ``a`` alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +102,19 @@ class Dispatch:
         Rank to train.
     seed : int
         Draws the rows of ``a`` that ``start`` lacks; their ``b`` is zero.
-    trains : {"ab", "b", "a"}
-        Factors that learn.
+    trains : {"ab", "b", "a", "core", "sparse"}
+        What learns.
     frozen_a : int, optional
         Seed of the ``a`` all clients share; it then never travels.
+    frames : Adapter, optional
+        For ``core``: frozen ``b`` with orthonormal columns and ``a`` with orthonormal rows, sent to a node once. Only
+        the core ``r`` of ``b @ r @ a`` travels.
+    keeps_b : bool
+        ``b`` and the heads learn, but stay with the client from round to round.
+    density : float in (0, 1], optional
+        For ``sparse``: share of each matrix that learns, at places drawn from ``seed``.
+    tail : (float, float), optional
+        Share of the rank slots that is not penalised, and the strength of the penalty on the others (HetLoRA).
     """
 
     start: Adapter
@@ -109,6 +122,26 @@ class Dispatch:
     seed: int
     trains: TrainedFactors = "ab"
     frozen_a: int | None = None
+    frames: Adapter | None = None
+    keeps_b: bool = False
+    density: float | None = None
+    tail: tuple[float, float] | None = None
+
+    @property
+    def sends(self) -> Part:
+        """What of the trained adapter travels up."""
+        return "inner" if self.keeps_b else self.trains
+
+    @property
+    def receives(self) -> Part:
+        """What of the start adapter travels down: all that the client cannot know by itself."""
+        if self.density is not None:
+            return "sparse"
+        if self.frames is not None:
+            return "core"
+        if self.keeps_b:
+            return "inner"
+        return "ab" if self.frozen_a is None else "b"
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,8 @@ class LowRank:
         Returns
         -------
         LowRank, float
-            Balanced factors ``u √s`` and ``√s vh``, float32 at least; the share of ``‖ΔW‖²`` that the bounds leave out.
+            Balanced factors ``u √s`` and ``√s vh``, float32 at least, the largest entry of each column of ``u``
+            positive, whatever the signs in the factors given; the share of ``‖ΔW‖²`` that the bounds leave out.
 
         Notes
         -----
@@ -114,7 +115,9 @@ class LowRank:
         noise = resolution(dtype, self.shape)
         keep = kept_rank(s, rank, energy, noise)
         root = s[:keep].sqrt()
-        kept = LowRank((b @ (t.T @ (yh[:keep].T / root))).to(dtype), ((x[:, :keep] / root).T @ r @ a).to(dtype))
+        outer = b @ (t.T @ (yh[:keep].T / root))
+        sign = outer.gather(0, outer.abs().argmax(0, keepdim=True)).sign()
+        kept = LowRank((outer * sign).to(dtype), ((x[:, :keep] / root * sign).T @ r @ a).to(dtype))
         left_out, total = s[keep : kept_rank(s, None, None, noise)].square().sum(), s.square().sum()
         return kept, float(left_out / total) if total else 0.0
 

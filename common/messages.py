@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import ClientError
 from common.experiment import Name
+from common.federation import TrainedFactors
 
 MAX_HEADER = 1 << 20
 """Characters a header may have; beyond it a message is refused unread."""
@@ -37,21 +38,50 @@ class Presence(Header):
     max_rank: int | None = Field(None, ge=1)
 
 
-class TrainOrder(Header):
-    """Orders one round of local training; ``start`` travels beside it, and ``global`` if the node lacks it."""
+class SecureSession(Header):
+    """Names one attempt at a secure sum; a client works on one at a time, and never goes back to an older one."""
 
     run: str
     round: int = Field(ge=1)
     attempt: int = Field(ge=1)
-    rounds: int = Field(ge=1)
+    id: str = Field(pattern=HASH)
+
+
+class Masking(Header):
+    """Orders that what was trained is masked: sealed shares from all the others, by name."""
+
+    session: SecureSession
+    shares: dict[Name, str]
+    layout: str = Field(description="Of the widest client's adapter: all uploads are as long as its.")
+
+
+class ModelOrder(Header):
+    """Orders work on a model: ``start`` travels beside it, ``global`` and ``frames`` if the node lacks them."""
+
+    run: str
+    round: int = Field(ge=0)
     fingerprint: str
     client: str
     base_version: int = Field(ge=0)
     global_hash: str = Field(pattern=HASH)
     rank: int = Field(ge=1)
     seed: int = Field(ge=0)
-    trains: Literal["ab", "b", "a"]
     frozen_a: int | None = None
+    frames_hash: str = Field("", max_length=64, description="Hash of the frames a core lies between.")
+    keeps_b: bool = False
+    density: float | None = Field(None, gt=0, le=1)
+
+
+class TrainOrder(ModelOrder):
+    """Orders one round of local training."""
+
+    round: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    trains: TrainedFactors
+    tail: tuple[float, float] | None = None
+    feedback: bool = Field(False, description="Add what the wire format lost to the next update.")
+    masking: Masking | None = None
 
 
 class TrainAnswer(Header):
@@ -64,19 +94,12 @@ class TrainAnswer(Header):
     seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     frozen_hash: str | None = Field(None, max_length=64)
-    holds: str = Field("", max_length=64, description="Hash of the global adapter the node keeps.")
+    session: str = Field("", max_length=64, description="Secure session the update is masked for.")
+    holds: tuple[str, ...] = Field((), max_length=2, description="Hashes of the global adapter and frames it keeps.")
 
 
-class EvaluateOrder(Header):
+class EvaluateOrder(ModelOrder):
     """Orders the evaluation of a model on the node's held-out part."""
-
-    run: str
-    round: int = Field(ge=0)
-    fingerprint: str
-    client: str
-    base_version: int = Field(ge=0)
-    global_hash: str = Field(pattern=HASH)
-    frozen_a: int | None = None
 
 
 class EvaluateAnswer(Header):
@@ -87,7 +110,64 @@ class EvaluateAnswer(Header):
     num_examples: float = Field(gt=0)
     seconds: float = Field(ge=0, allow_inf_nan=False)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
-    holds: str = Field("", max_length=64, description="Hash of the global adapter the node keeps.")
+    holds: tuple[str, ...] = Field((), max_length=2, description="Hashes of the global adapter and frames it keeps.")
+
+
+class PublicKeys(Header):
+    """A client's public keys of one session: for sealing shares, and for masks."""
+
+    cipher: str = Field(pattern=HASH)
+    mask: str = Field(pattern=HASH)
+
+
+class SecureOrder(Header):
+    """Orders a step of a secure sum."""
+
+    session: SecureSession
+    fingerprint: str
+    client: str
+
+
+class SecureAnswer(Header):
+    """What a client gives in a step of a secure sum."""
+
+    session: SecureSession
+    client: str = Field(max_length=64)
+
+
+class KeysOrder(SecureOrder):
+    """Asks for fresh public keys."""
+
+
+class KeysAnswer(SecureAnswer):
+    """The client's public keys."""
+
+    keys: PublicKeys
+
+
+class SharesOrder(SecureOrder):
+    """Asks for shares of the client's secrets, sealed for every other client whose keys these are."""
+
+    keys: dict[Name, PublicKeys]
+
+
+class SharesAnswer(SecureAnswer):
+    """Sealed shares by receiver, in hexadecimal digits."""
+
+    shares: dict[Name, str]
+
+
+class UnmaskOrder(SecureOrder):
+    """Asks for what lifts the masks of a sum that holds exactly these clients."""
+
+    survivors: tuple[Name, ...]
+
+
+class UnmaskAnswer(SecureAnswer):
+    """Shares in hexadecimal digits: of the survivors' seeds, and of the private mask keys of those who dropped out."""
+
+    seeds: dict[Name, str]
+    mask_keys: dict[Name, str]
 
 
 H = TypeVar("H", bound=Header)

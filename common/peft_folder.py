@@ -113,7 +113,7 @@ def layer_scaling(config: Mapping[str, object], layer: str, rank: int) -> float:
 
 
 def write_peft_folder(
-    adapter: Adapter, folder: Path, model: nn.Module, base: tuple[str, str | None], task_type: str
+    adapter: Adapter, folder: Path, model: nn.Module, base: tuple[str, str | None], task_type: str | None
 ) -> None:
     """Write an adapter as a PEFT folder.
 
@@ -130,7 +130,7 @@ def write_peft_folder(
         The base model's architecture, possibly without weights: tells convolutions' kernel shapes.
     base : (str, str or None)
         Name or folder of the base model, and its revision.
-    task_type : str
+    task_type : str or None
         PEFT's name of the task, such as ``CAUSAL_LM``.
     """
     factors = {

@@ -65,25 +65,38 @@ def starting_adapter(dispatch: Dispatch, spec: ModelSpec) -> Adapter:
     """Complete the dispatched start to every target layer at the client's rank.
 
     Missing rows of ``a`` are drawn from the dispatch's seed with ``b`` = 0, so they change nothing at first;
-    surplus rows are cut, which only happens when a strategy sends more than the layer or the client can hold.
+    surplus rows are cut, which only happens when a strategy sends more than the layer or the client can hold. Where
+    entries of the matrix learn, layers are dense; between frames, no rank is above theirs.
 
     Raises
     ------
     ConfigurationError
         If the start holds a dense layer, which no adapter can be trained from.
     """
-    seed = dispatch.seed if dispatch.frozen_a is None else dispatch.frozen_a
     layers: dict[str, Update] = {}
     for layer, (out, inn) in spec.layers.items():
-        rank = spec.layer_rank(layer, dispatch.rank)
-        a, b = fresh_a(seed, layer, rank, inn), torch.zeros(out, rank)
         given = dispatch.start.layers.get(layer)
-        if isinstance(given, Dense):
+        if dispatch.trains == "sparse":
+            layers[layer] = given if isinstance(given, Dense) else Dense(torch.zeros(out, inn))
+        elif isinstance(given, Dense):
             raise ConfigurationError(f"layer {layer} is to start from a dense matrix; a strategy must send factors")
-        if given is not None:
-            held = min(given.rank, rank)
-            b[:, :held] = given.b[:, :held]
-            if dispatch.frozen_a is None:
-                a[:held] = given.a[:held]
-        layers[layer] = LowRank(b, a)
+        else:
+            layers[layer] = _factors(dispatch, layer, spec.layer_rank(layer, dispatch.rank), (out, inn), given)
     return Adapter.pack(layers, dispatch.start.extras or spec.heads, spec.method)
+
+
+def _factors(dispatch: Dispatch, layer: str, rank: int, shape: tuple[int, int], given: LowRank | None) -> LowRank:
+    out, inn = shape
+    frame = dispatch.frames.layers.get(layer) if dispatch.frames is not None else None
+    if isinstance(frame, LowRank):
+        rank = min(rank, frame.rank)
+        b, a = torch.zeros(out, rank), frame.a[:rank].float().clone()
+    else:
+        seed = dispatch.seed if dispatch.frozen_a is None else dispatch.frozen_a
+        a, b = fresh_a(seed, layer, rank, inn), torch.zeros(out, rank)
+    if given is not None:
+        held = min(given.rank, rank)
+        b[:, :held] = given.b[:, :held]
+        if dispatch.frozen_a is None:
+            a[:held] = given.a[:held]
+    return LowRank(b, a)

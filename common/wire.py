@@ -1,8 +1,8 @@
 """The wire codec: adapters and headers as Flower records, and back. Nobody else builds or reads records.
 
-An adapter travels as one blob, its buffer in fp32 or fp16, beside a JSON manifest with its layout and its sha256.
-Nothing is unpickled; sizes are checked before a byte is interpreted. A factor ``a`` that is frozen and shared stays
-away: the receiver draws it again from its seed.
+An adapter travels as one blob, the numbers of its buffer that the other side cannot know (``common/travel.py``), beside
+a JSON manifest with its layout, its part and its sha256. int8 and int4 carry not the numbers but their change from
+the start that both sides know. Nothing is unpickled; sizes are checked before a byte is interpreted.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
 
 from common.adapter import Adapter, Layout, tensor_bytes
 from common.errors import ClientError, ConfigurationError
+from common.federation import Dispatch, Part
 from common.messages import H, Header, read_header
-from common.start import frozen_factors
+from common.quantize import LIMITS, Quantized, decode, encode, encoded_size, is_quantized
+from common.travel import complete, part_numel, take
 
 # The numbers are read where they lie, without a copy; an adapter's buffer is never written to. torch warns of that once
 # per process, so it is let do so here.
 with warnings.catch_warnings(action="ignore"):
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
-WireFormat = Literal["fp32", "fp16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+FloatFormat = Literal["fp32", "fp16", "bf16"]
+WireFormat = FloatFormat | Quantized
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STYPE = "lorafleet.flat"
 HEADER, ARRAYS, BODY = "header", "arrays", "json"
 MAX_MANIFEST = 1 << 23
@@ -42,11 +46,13 @@ class Parcel:
     Parameters
     ----------
     layout : Layout
-        Of the whole adapter, also when ``a`` stays away.
-    wire : {"fp32", "fp16"}
-        Number format of the blob.
-    whole : bool
-        False: the frozen ``a`` is not in the blob.
+        Of the whole adapter, whatever of it travels.
+    wire : {"fp32", "fp16", "bf16", "int8", "int4"}
+        Number format of the blob; the last two hold changes.
+    part : Part
+        What of the adapter is in the blob.
+    density : float, optional
+        Of a sparse part.
     data : bytes-like
         The numbers.
     sha256 : str
@@ -55,7 +61,8 @@ class Parcel:
 
     layout: Layout
     wire: WireFormat
-    whole: bool
+    part: Part
+    density: float | None
     data: bytes | memoryview
     sha256: str
 
@@ -75,37 +82,103 @@ class Parcel:
         described = {
             "layout": self.layout.to_json(),
             "wire": self.wire,
-            "whole": self.whole,
+            "part": self.part,
+            "density": self.density,
             "sha256": self.sha256,
         }
         return json.dumps(described)
 
 
-def seal(adapter: Adapter, wire: WireFormat = "fp32", whole: bool = True, hashed: bool = True) -> Parcel:
-    """Encode an adapter; hashing costs more than all the rest, so it is left out where nobody needs it.
+def seal(
+    adapter: Adapter,
+    wire: FloatFormat = "fp32",
+    part: Part = "ab",
+    dispatch: Dispatch | None = None,
+    hashed: bool = True,
+) -> Parcel:
+    """Encode an adapter, or a part of it; hashing costs more than all the rest and is left out where nobody needs it.
 
     Raises
     ------
     ClientError
         If a number overflows fp16.
     """
-    flat = adapter.flat if whole else adapter.flat[: adapter.layout.head_numel]
-    numbers = flat.to(DTYPES[wire])
-    if wire == "fp16" and not bool(torch.isfinite(numbers).all()):
-        raise ClientError('the adapter does not fit fp16; set federation.wire = "fp32"')
-    data = tensor_bytes(numbers)
-    return Parcel(adapter.layout, wire, whole, data, hashlib.sha256(data).hexdigest() if hashed else "")
+    return seal_numbers(take(adapter, part, dispatch), adapter.layout, wire, part, dispatch, hashed)
 
 
-def unseal(parcel: Parcel, frozen_a: int | None = None) -> Adapter:
-    """Decode an adapter to fp32, after checking size and hash.
+def seal_numbers(
+    numbers: Tensor,
+    layout: Layout,
+    wire: WireFormat,
+    part: Part = "ab",
+    dispatch: Dispatch | None = None,
+    hashed: bool = True,
+) -> Parcel:
+    """Encode what ``take`` gave, or the change of it.
+
+    Parameters
+    ----------
+    numbers : Tensor, shape (part_numel(layout, part),)
+        For int8 and int4 less those of the start.
+    layout : Layout
+        Of the whole adapter.
+    wire : {"fp32", "fp16", "bf16", "int8", "int4"}
+        Number format.
+    part : Part
+        What they are.
+    dispatch : Dispatch, optional
+        Knows the density of a sparse part.
+    hashed : bool
+        False: leave the hash empty.
+
+    Raises
+    ------
+    ClientError
+        If a number overflows fp16, or is not finite and cannot be quantised.
+    """
+    if is_quantized(wire):
+        data = encode(numbers, wire)
+    else:
+        numbers = numbers.to(DTYPES[wire])
+        if wire == "fp16" and not bool(torch.isfinite(numbers).all()):
+            raise ClientError(
+                'the adapter does not fit fp16; set federation.wire (up) or federation.wire_down to "bf16"'
+            )
+        data = tensor_bytes(numbers)
+    digest = hashlib.sha256(data).hexdigest() if hashed else ""
+    density = dispatch.density if part == "sparse" and dispatch is not None else None
+    return Parcel(layout, wire, part, density, data, digest)
+
+
+def unseal(parcel: Parcel, dispatch: Dispatch | None = None, start: Adapter | None = None) -> Adapter:
+    """Decode an adapter to fp32 and make it whole, after checking size and hash.
 
     Parameters
     ----------
     parcel : Parcel
         What arrived.
-    frozen_a : int, optional
-        Seed of the ``a`` that did not travel.
+    dispatch : Dispatch, optional
+        What both sides know, where only a part travelled.
+    start : Adapter, optional
+        What the training began with, whole.
+
+    Raises
+    ------
+    ClientError
+        If the blob does not fit its manifest, or nothing tells what did not travel.
+    """
+    numbers = unseal_numbers(parcel)
+    if parcel.part == "sparse" and (dispatch is None or parcel.density != dispatch.density):
+        raise ClientError("the adapter's entries are not those of the mask that was agreed on")
+    if is_quantized(parcel.wire):
+        if start is None or start.layout != parcel.layout:
+            raise ClientError(f"an adapter came as its change in {parcel.wire}, and nothing here tells from what")
+        numbers = numbers.add_(take(start, parcel.part, dispatch))
+    return complete(numbers, parcel.layout, parcel.part, dispatch, start)
+
+
+def unseal_numbers(parcel: Parcel) -> Tensor:
+    """Decode what ``seal_numbers`` was given to fp32, after checking size and hash.
 
     Raises
     ------
@@ -113,13 +186,14 @@ def unseal(parcel: Parcel, frozen_a: int | None = None) -> Adapter:
         If the blob does not fit its manifest.
     """
     check_bytes(parcel)
-    layout = parcel.layout
-    flat = torch.frombuffer(parcel.data, dtype=DTYPES[parcel.wire]).float() if parcel.data else torch.empty(0)
-    if not parcel.whole:
-        if frozen_a is None:
-            raise ClientError("the adapter came without its factors a, but none are frozen here")
-        flat = torch.cat([flat, frozen_factors(layout, frozen_a)])
-    return Adapter(flat, layout)
+    if is_quantized(parcel.wire):
+        return decode(parcel.data, part_numel(parcel.layout, parcel.part, parcel.density), parcel.wire)
+    return torch.frombuffer(parcel.data, dtype=DTYPES[parcel.wire]).float() if parcel.data else torch.empty(0)
+
+
+def wire_bytes(count: int, wire: WireFormat) -> int:
+    """Count the bytes so many numbers travel in."""
+    return encoded_size(count, wire) if is_quantized(wire) else count * DTYPES[wire].itemsize
 
 
 def check_bytes(parcel: Parcel) -> None:
@@ -130,8 +204,7 @@ def check_bytes(parcel: Parcel) -> None:
     ClientError
         If its size or its hash is another.
     """
-    numel = parcel.layout.numel if parcel.whole else parcel.layout.head_numel
-    needed = numel * DTYPES[parcel.wire].itemsize
+    needed = wire_bytes(part_numel(parcel.layout, parcel.part, parcel.density), parcel.wire)
     if len(parcel.data) != needed:
         raise ClientError(f"the adapter has {len(parcel.data)} bytes; its layout needs {needed}")
     if parcel.sha256 and hashlib.sha256(parcel.data).hexdigest() != parcel.sha256:
@@ -189,9 +262,11 @@ def parcel_of(manifest: object, data: bytes | memoryview) -> Parcel:
     try:
         raw = json.loads(manifest)
         layout = Layout.from_json(raw["layout"])
-        wire, whole, digest = raw["wire"], raw["whole"], raw["sha256"]
+        wire, part, density, digest = raw["wire"], raw["part"], raw["density"], raw["sha256"]
     except (ValueError, TypeError, KeyError, RecursionError, ConfigurationError) as error:
         raise ClientError(f"an adapter's manifest cannot be read: {error}") from None
-    if wire not in tuple(DTYPES) or not isinstance(whole, bool) or not isinstance(digest, str):
+    if wire not in (*DTYPES, *LIMITS) or part not in get_args(Part) or not isinstance(digest, str):
         raise ClientError("an adapter's manifest names an unknown format")
-    return Parcel(layout, wire, whole, data, digest)
+    if (part == "sparse") != (isinstance(density, float) and 0 < density <= 1):
+        raise ClientError("an adapter's manifest names an unknown mask")
+    return Parcel(layout, wire, part, density, data, digest)

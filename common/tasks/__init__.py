@@ -51,8 +51,8 @@ class Sample:
 class Task(Plugin):
     """Base of the tasks."""
 
-    peft_task_type: ClassVar[str]
-    """PEFT's name of the task, written into exported adapters."""
+    peft_task_type: ClassVar[str | None]
+    """PEFT's name of the task, written into exported adapters; None: a model of no library's."""
 
     @property
     @abstractmethod
