@@ -15,7 +15,7 @@ def aggregation_strategy(name: str, **options: Any) -> AggregationStrategy:
     Parameters
     ----------
     name : str
-        ``fedavg``, ``ffa_lora``, ``flora``, ``lora_lego`` or a plug-in of the user's.
+        File name of a module of ``strategies/aggregation``, such as ``flora``, or a plug-in of the user's.
     **options
         The strategy's hyper-parameters.
 

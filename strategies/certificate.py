@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.adapter import Adapter
-from common.lowrank import LowRank, Update
+from common.lowrank import LowRank, Update, inner
 
 ENERGY = 0.95
 """Share of the squared norm that the effective rank must hold."""
@@ -51,7 +51,7 @@ class Certificate:
 
 
 def certificate(
-    merged: Adapter, layers: Iterable[tuple[str, Mapping[str, LowRank]]], weights: Mapping[str, float]
+    merged: Adapter, layers: Iterable[tuple[str, Mapping[str, Update]]], weights: Mapping[str, float]
 ) -> Certificate:
     """Compare a merge with the exact average of what was merged.
 
@@ -60,7 +60,7 @@ def certificate(
     merged : Adapter
         What the replies became.
     layers : iterable of (layer, mapping of client to its update)
-        One layer at a time, so that a generator may load it from disk; ``by_layer(updates).items()`` where
+        One layer at a time, so that a generator may load it from disk; ``parts_by_layer(updates).items()`` where
         all is in memory. A client without the layer contributes nothing there.
     weights : mapping of str to float
         ``num_examples`` by client; normalised over all clients here.
@@ -112,12 +112,16 @@ def energy_rank(square: Tensor, energy: float = ENERGY) -> int:
     return int((square.cumsum(0) < energy * total).sum()) + 1 if total > 0 else 0
 
 
-def _inner_products(parts: Sequence[LowRank], merged: Update | None) -> tuple[Tensor, Tensor]:
+def _inner_products(parts: Sequence[Update], merged: Update | None) -> tuple[Tensor, Tensor]:
     """Return one layer's inner products of the parts with each other, and with the merge."""
-    b = torch.cat([part.b.double() for part in parts], dim=1)
-    a = torch.cat([part.a.double() for part in parts], dim=0)
-    owner = torch.repeat_interleave(torch.tensor([part.rank for part in parts]))
-    block = torch.nn.functional.one_hot(owner, len(parts)).double()
+    factors = [part for part in parts if isinstance(part, LowRank)]
+    if len(factors) < len(parts):
+        own = torch.tensor([[inner(x, y) for y in parts] for x in parts], dtype=torch.float64)
+        return own, torch.tensor([0.0 if merged is None else inner(x, merged) for x in parts], dtype=torch.float64)
+    b = torch.cat([part.b.double() for part in factors], dim=1)
+    a = torch.cat([part.a.double() for part in factors], dim=0)
+    owner = torch.repeat_interleave(torch.tensor([part.rank for part in factors]))
+    block = torch.nn.functional.one_hot(owner, len(factors)).double()
     own = block.T @ ((b.T @ b) * (a @ a.T)) @ block
     if merged is None:
         return own, own.new_zeros(len(parts))

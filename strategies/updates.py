@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import ConfigurationError, RejectedUpdate
 from common.federation import ClientUpdate, ServerState
-from common.lowrank import LowRank
+from common.lowrank import Dense, LowRank, Update
 
 NO_UPDATE = "a round without any update cannot be merged"
 
@@ -34,7 +34,8 @@ def check_update(update: ClientUpdate, state: ServerState) -> None:
     if update.adapter.method != spec.method:
         raise RejectedUpdate(f"{who} trained the method {update.adapter.method!r}; this run trains {spec.method!r}")
     for layer, out, inn, rank in update.adapter.layout.layers:
-        _check_layer(f"{who}, layer {layer}", (out, inn), rank, spec.layers.get(layer))
+        dense = isinstance(state.start.layers.get(layer), Dense)
+        _check_layer(f"{who}, layer {layer}", (out, inn), rank, spec.layers.get(layer), dense)
     _check_heads(update, state)
     if not all_finite(update.adapter.flat):
         raise RejectedUpdate(f"{who}, {_first_not_finite(update)}: NaN or infinity; it cannot be averaged")
@@ -61,8 +62,17 @@ def low_rank_layers(update: ClientUpdate) -> dict[str, LowRank]:
     return found
 
 
+def parts_by_layer(updates: Sequence[ClientUpdate]) -> dict[str, dict[str, Update]]:
+    """Return each client's part of each layer, factors or matrix: layers sorted, clients in the order given."""
+    found: dict[str, dict[str, Update]] = {}
+    for update in updates:
+        for layer, part in update.adapter.layers.items():
+            found.setdefault(layer, {})[update.client] = part
+    return dict(sorted(found.items()))
+
+
 def by_layer(updates: Sequence[ClientUpdate]) -> dict[str, dict[str, LowRank]]:
-    """Return each client's part of each layer: layers sorted, clients in the order given."""
+    """Return each client's factors of each layer: layers sorted, clients in the order given."""
     found: dict[str, dict[str, LowRank]] = {}
     for update in updates:
         for layer, part in low_rank_layers(update).items():
@@ -87,10 +97,10 @@ def shares(updates: Sequence[ClientUpdate]) -> dict[str, float]:
 _DENSE = "a dense matrix; expected factors b and a"
 
 
-def _check_layer(where: str, sent: tuple[int, int], rank: int, shape: tuple[int, int] | None) -> None:
+def _check_layer(where: str, sent: tuple[int, int], rank: int, shape: tuple[int, int] | None, dense: bool) -> None:
     if shape is None:
         raise RejectedUpdate(f"{where}: no such target layer in this run's model")
-    if rank < 0:
+    if rank < 0 and not dense:
         raise RejectedUpdate(f"{where}: {_DENSE}")
     if sent != tuple(shape):
         raise RejectedUpdate(f"{where}: shape {sent}; the model's layer is {tuple(shape)} (out, in)")

@@ -10,11 +10,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from common.adapter import Adapter
 from common.errors import ConfigurationError
-from common.federation import ClientInfo, ClientUpdate, Dispatch, ModelSpec, ServerState
+from common.federation import ClientInfo, ClientUpdate, Dispatch, ModelSpec, Part, ServerState
 from common.plugins import Family, Plugin
 from strategies.updates import NO_UPDATE, check_update
 
@@ -33,7 +33,10 @@ class Capabilities:
     shared_frozen_factor : bool
         All clients hold one frozen ``a``, checked by hash.
     client_memory : bool
-        Clients must keep something of their own between rounds.
+        Clients must keep something of their own between rounds: there is no one global model.
+    same_coordinates : bool
+        The numbers of the start adapter mean the same from round to round: what compression lost may be added to the
+        next upload, and a server optimizer may act on them.
     exact : bool
         The merged update equals the exact average of the clients' updates at the default options.
     """
@@ -42,11 +45,19 @@ class Capabilities:
     linear_uplink: bool
     shared_frozen_factor: bool = False
     client_memory: bool = False
+    same_coordinates: bool = False
     exact: bool = False
 
     def as_dict(self) -> dict[str, bool]:
         """Return the capabilities by name, for tables and JSON."""
         return asdict(self)
+
+
+class Travel(NamedTuple):
+    """What of the adapters travels in a round of training: of the start adapter, and of the trained one."""
+
+    down: Part = "ab"
+    up: Part = "ab"
 
 
 class AggregationStrategy(Plugin):
@@ -89,6 +100,10 @@ class AggregationStrategy(Plugin):
         """Tell whether these options merge to the exact average by construction."""
         return self.capabilities.exact
 
+    def weighs_examples(self) -> bool:
+        """Tell whether clients count by their ``num_examples``; otherwise no weight can be capped or changed."""
+        return True
+
     def expected_ranks(self, rank: int, cohort: Sequence[int], merges: int) -> tuple[int, int]:
         """Tell how large downloads become, for the plan.
 
@@ -107,6 +122,10 @@ class AggregationStrategy(Plugin):
             Rank of the start adapter that is sent, and the highest rank of the global adapter.
         """
         return (min(rank, max(cohort)) if merges else 0), 0
+
+    def travels(self, number: int) -> Travel:
+        """Tell what travels in training round ``number``, from 1, for the plan; `dispatch` must agree."""
+        return Travel()
 
     def refusals(self, ranks: Mapping[str, int]) -> list[str]:
         """List, in sentences, why this strategy cannot serve clients of these ranks; empty if it can."""

@@ -23,7 +23,7 @@ from strategies.mean import WeightedSum
 class FedAvg(AggregationStrategy):
     """FedIT / FedAvg of LoRA factors; needs equal ranks."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=False, linear_uplink=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=False, linear_uplink=True, same_coordinates=True)
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send the current mean; before round 1 the seed of the ``a`` all clients start from."""

@@ -22,7 +22,7 @@ from common.errors import RejectedUpdate
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
 from common.seeds import derive_seed
 from common.start import fresh_a, frozen_factors
-from strategies.aggregation import AggregationStrategy, Capabilities
+from strategies.aggregation import AggregationStrategy, Capabilities, Travel
 from strategies.mean import WeightedSum
 from strategies.updates import low_rank_layers
 
@@ -70,8 +70,12 @@ class FFALoRA(AggregationStrategy):
     """Exact mean over one frozen input factor; ranks may differ by nested rows."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        mixed_ranks=True, linear_uplink=True, shared_frozen_factor=True, exact=True
+        mixed_ranks=True, linear_uplink=True, shared_frozen_factor=True, same_coordinates=True, exact=True
     )
+
+    def travels(self, number: int) -> Travel:
+        """Send ``b`` both ways."""
+        return Travel("b", "b")
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send the columns of the mean ``b`` the client can hold, and the seed of the frozen ``a``."""

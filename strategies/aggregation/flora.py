@@ -21,15 +21,17 @@ from pydantic import Field
 
 from common.adapter import Adapter
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
-from common.lowrank import Update, stack
+from common.lowrank import Update
 from common.seeds import derive_seed
-from strategies.aggregation import AggregationStrategy, Capabilities
+from strategies.aggregation import Capabilities
+from strategies.gathering import Gathering
 from strategies.global_adapter import change, compact, grow
 from strategies.mean import mean_extras
-from strategies.updates import by_layer, low_rank_layers, shares
+from strategies.products import exact_average
+from strategies.updates import shares
 
 
-class FLoRA(AggregationStrategy):
+class FLoRA(Gathering):
     """Exact merging of any mix of ranks into a global adapter."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=True, linear_uplink=False, exact=True)
@@ -57,28 +59,16 @@ class FLoRA(AggregationStrategy):
         """Send heads and the seed of a fresh ``a``, another one per round and client."""
         return Dispatch(state.start, client.rank, derive_seed(state.spec.seed, "flora", state.round, client.name))
 
-    def begin(self, state: ServerState) -> list[ClientUpdate]:
-        """Open an empty list: the weights are known at the end."""
-        return []
-
-    def add(self, accumulated: list[ClientUpdate], update: ClientUpdate) -> list[ClientUpdate]:
-        """Keep the reply."""
-        low_rank_layers(update)
-        accumulated.append(update)
-        return accumulated
-
     def finish(self, state: ServerState, accumulated: list[ClientUpdate]) -> ServerState:
         """Sum the replies, grow the global adapter by the sum, average the heads."""
-        weights = shares(accumulated)
         layers: dict[str, Update] = {}
-        for name, parts in by_layer(accumulated).items():
-            stacked = stack(list(parts.values()), [weights[client] for client in parts])
-            layers[name] = compact(stacked) if self.is_exact() else stacked
+        for name, average in exact_average(accumulated).items():
+            layers[name] = compact(average) if self.is_exact() else average
         merged = Adapter.pack(layers, method=state.spec.method)
         total, discarded = grow(state.global_adapter, merged, self.global_rank, self.global_energy)
         return replace(
             state,
-            start=Adapter.pack({}, mean_extras(accumulated, weights), state.spec.method),
+            start=Adapter.pack({}, mean_extras(accumulated, shares(accumulated)), state.spec.method),
             global_adapter=total,
             round=state.round + 1,
             base_version=state.base_version + 1,

@@ -33,19 +33,20 @@ from common.errors import ConfigurationError
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
 from common.lowrank import LowRank
 from common.seeds import derive_seed
-from strategies.aggregation import AggregationStrategy, Capabilities
+from strategies.aggregation import Capabilities
+from strategies.gathering import Gathering
 from strategies.global_adapter import grow
 from strategies.kmeans import Clusters, kmeans, singletons
 from strategies.mean import mean_extras
 from strategies.units import Centroids, Norm, Units, centroids, pool, stretch
-from strategies.updates import by_layer, low_rank_layers, shares
+from strategies.updates import by_layer, shares
 
 COUNTS = ("capped_factors", "clamped_layers", "refactored_layers", "zero_layers")
 """Metrics of a merge: capped reweightings; layers with fewer clusters than asked for, with a cluster of one
 owner, without any usable unit."""
 
 
-class LoraLego(AggregationStrategy):
+class LoraLego(Gathering):
     """Rank-wise clustering of the clients' units; lossy, any mix of ranks."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=True, linear_uplink=False)
@@ -97,16 +98,6 @@ class LoraLego(AggregationStrategy):
         purpose = (state.round,) if self.seed_per == "round" else (state.round, client.name)
         seed = derive_seed(state.spec.seed, "lora_lego", "a", *purpose)
         return Dispatch(state.start.narrowed(client.rank), client.rank, seed)
-
-    def begin(self, state: ServerState) -> list[ClientUpdate]:
-        """Open an empty list: clustering needs all units at once."""
-        return []
-
-    def add(self, accumulated: list[ClientUpdate], update: ClientUpdate) -> list[ClientUpdate]:
-        """Keep the reply."""
-        low_rank_layers(update)
-        accumulated.append(update)
-        return accumulated
 
     def finish(self, state: ServerState, accumulated: list[ClientUpdate]) -> ServerState:
         """Cluster each layer's units; the centroids become the next start or grow the global adapter."""

@@ -85,7 +85,7 @@ def test_it_says_what_it_is(case: Case) -> None:
     assert kind.__doc__
     assert sys.modules[kind.__module__].__doc__
     assert set(kind.path_options) <= set(kind.model_fields)
-    assert kind.peft_task_type in set(TaskType)
+    assert kind.peft_task_type in {None, *TaskType}
     with pytest.raises(ConfigurationError, match="unknown key 'no_such_option'; known are: "):
         TASKS.create(case.task.plugin_name, {"no_such_option": 1})
 
@@ -227,6 +227,8 @@ def test_public_data_belong_to_nobody(case: Case) -> None:
 
 
 def test_a_base_model_that_is_not_there_is_one_line(case: Case) -> None:
+    if "base_model" not in type(case.task).model_fields:  # made in code
+        return
     task = case.task.model_copy(update={"base_model": "/no/such/folder"})
     for attempt in (task.architecture, lambda: task.load_base("fp32")):
         with pytest.raises(DataError, match="base model '/no/such/folder' cannot be loaded: ") as caught:

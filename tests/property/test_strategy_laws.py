@@ -37,7 +37,13 @@ SHAPES = st.sampled_from(
         {"thin": (40, 40)},
     ]
 )
-MIXED = ["flora", "lora_lego"]
+MIXED = ["flora", "flexlora", "florist", "lora_lego"]
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "flexlora": {"server_rank": 100},
+    "florist": {"energy": 1},
+    "lora_lego": {"clusters": 100},
+}
+"""Options under which a strategy discards nothing."""
 
 
 def frozen(state: ServerState, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
@@ -99,7 +105,7 @@ def test_lora_lego_with_a_cluster_per_unit_is_exact(ranks: list[int], seed: int)
 
 
 @given(RANKS, SEEDS, st.randoms(use_true_random=False))
-@pytest.mark.parametrize("name", ["flora", "ffa_lora", "lora_lego"])
+@pytest.mark.parametrize("name", [*MIXED, "fedavg_svd", "ffa_lora", "hetlora"])
 def test_the_order_of_clients_does_not_change_a_bit(
     name: str, ranks: list[int], seed: int, shuffle: random.Random
 ) -> None:
@@ -139,10 +145,17 @@ def test_over_one_input_factor_all_linear_merges_agree(ranks: list[int], seed: i
         pytest.param("lora_lego", {"scale": "paper"}, id="lego-inf"),
         pytest.param("lora_lego", {"scale": "paper", "norm": "l2", "unit_weight": "rank"}, id="lego-l2"),
         pytest.param("lora_lego", {"canonical": "svd", "mode": "merge"}, id="lego-svd-merge"),
+        pytest.param("flexlora", {"split": "paper"}, id="flexlora"),
+        pytest.param("fedavg_svd", {}, id="fedavg_svd"),
+        pytest.param("florist", {"energy": 1}, id="florist"),
+        pytest.param("fedex_lora", {}, id="fedex_lora"),
+        pytest.param("lora_fair", {}, id="lora_fair"),
+        pytest.param("hetlora", {}, id="hetlora"),
+        pytest.param("hetlora", {"weights": "examples", "renormalise": "slot"}, id="hetlora-slot"),
     ],
 )
 def test_identical_clients_keep_their_update(
-    name: str, options: dict[str, str], rank: int, count: int, seed: int
+    name: str, options: dict[str, Any], rank: int, count: int, seed: int
 ) -> None:
     """One client or many copies of it: the merge is that client's update."""
     strategy, state, updates = round_of(name, [rank], seed, None, **options)
@@ -156,7 +169,7 @@ def test_identical_clients_keep_their_update(
 
 
 @given(RANKS, SEEDS)
-@pytest.mark.parametrize("name", ["flora", "lora_lego"])
+@pytest.mark.parametrize("name", [*MIXED, "fedavg_svd"])
 def test_the_gauge_of_the_factors_does_not_matter(name: str, ranks: list[int], seed: int) -> None:
     """Slots permuted, rescaled and with signs flipped are the same update."""
     strategy, state, updates = round_of(name, ranks, seed)
@@ -190,7 +203,7 @@ def test_fedavg_does_depend_on_the_order_of_slots() -> None:
 
 
 @given(EQUAL_RANKS, SEEDS)
-@pytest.mark.parametrize("name", ["fedavg", "flora", "ffa_lora", "lora_lego"])
+@pytest.mark.parametrize("name", [*MIXED, "fedavg", "fedavg_svd", "fedex_lora", "ffa_lora", "hetlora", "lora_fair"])
 def test_heads_are_averaged_and_inputs_left_alone(name: str, ranks: list[int], seed: int) -> None:
     strategy, state, updates = round_of(name, ranks, seed)
     before = [update.adapter.sha256() for update in updates], cohorts.bits(state)
@@ -207,8 +220,7 @@ def test_heads_are_averaged_and_inputs_left_alone(name: str, ranks: list[int], s
 @given(RANKS, SEEDS)
 @pytest.mark.parametrize("name", MIXED)
 def test_a_layer_of_some_clients_counts_as_zero_at_the_others(name: str, ranks: list[int], seed: int) -> None:
-    options = {"clusters": sum(ranks)} if name == "lora_lego" else {}
-    strategy, state, updates = round_of(name, [*ranks, 2], seed, None, **options)
+    strategy, state, updates = round_of(name, [*ranks, 2], seed, None, **LOSSLESS.get(name, {}))
     layers = {n: part for n, part in updates[-1].adapter.layers.items() if n != "up"}
     updates[-1] = cohorts.with_factors(updates[-1], layers)  # type: ignore[arg-type]
     after = strategy.aggregate(state, updates)
@@ -217,7 +229,7 @@ def test_a_layer_of_some_clients_counts_as_zero_at_the_others(name: str, ranks: 
 
 
 @given(SEEDS)
-@pytest.mark.parametrize("name", ["flora", "ffa_lora", "lora_lego"])
+@pytest.mark.parametrize("name", [*MIXED, "fedavg_svd", "ffa_lora", "hetlora"])
 def test_zero_updates_merge_to_exactly_zero(name: str, seed: int) -> None:
     strategy, state, updates = round_of(name, [2, 3], seed)
     zeros = [
@@ -236,10 +248,9 @@ def test_zero_updates_merge_to_exactly_zero(name: str, seed: int) -> None:
 
 
 @given(SEEDS)
-@pytest.mark.parametrize("name", ["flora", "ffa_lora", "lora_lego"])
+@pytest.mark.parametrize("name", [*MIXED, "ffa_lora"])
 def test_a_client_without_slots_contributes_nothing_but_its_weight(name: str, seed: int) -> None:
-    options = {"clusters": 4} if name == "lora_lego" else {}
-    strategy, state, updates = round_of(name, [0, 4], seed, None, **options)
+    strategy, state, updates = round_of(name, [0, 4], seed, None, **LOSSLESS.get(name, {}))
     assert cohorts.error(strategy.aggregate(state, updates), updates) < 1e-12
 
 
@@ -252,6 +263,9 @@ def test_a_client_without_slots_contributes_nothing_but_its_weight(name: str, se
         pytest.param("lora_lego", {}, id="lego"),
         pytest.param("lora_lego", {"mode": "merge"}, id="lego-merge"),
         pytest.param("lora_lego", {"clusters": 100}, id="lego-all-units"),
+        pytest.param("flexlora", {"server_rank": 100}, id="flexlora"),
+        pytest.param("fedavg_svd", {}, id="fedavg_svd"),
+        pytest.param("florist", {"energy": 1}, id="florist"),
     ],
 )
 def test_no_factor_of_an_owner_is_sent(name: str, options: dict[str, object], ranks: list[int], seed: int) -> None:
@@ -349,7 +363,7 @@ def test_pooled_units_sum_to_the_average(ranks: list[int], seed: int) -> None:
 @settings(max_examples=20)
 @given(RANKS, SEEDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["flora", "ffa_lora"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "florist", "fedavg_svd", "ffa_lora", "hetlora"])
 def test_half_precision_replies_are_summed_in_float32(
     name: str, dtype: torch.dtype, ranks: list[int], seed: int
 ) -> None:

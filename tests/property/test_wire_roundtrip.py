@@ -6,7 +6,7 @@ import hashlib
 import json
 import string
 import tracemalloc
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,14 +18,18 @@ from safetensors.numpy import save
 
 from common.adapter import Adapter
 from common.errors import ClientError, CorruptArtefact
+from common.federation import Dispatch, Part
 from common.lowrank import Dense, LowRank
 from common.messages import EvaluateAnswer, EvaluateOrder, Presence, Query, TrainAnswer, TrainOrder
 from common.parcel_file import parcel_bytes, read_parcel
-from common.wire import ARRAYS, BODY, HEADER, STYPE, parcel_of, read_message, seal, unseal, write_message
+from common.quantize import decode, encode
+from common.wire import ARRAYS, BODY, HEADER, STYPE, parcel_of, read_message, seal, seal_numbers, unseal, write_message
 
 SIZES = st.integers(1, 5)
 SHAPES = st.lists(SIZES, max_size=3)
 NAMES = st.text(string.ascii_letters + "._é", min_size=1, max_size=8)
+PARTS = get_args(Part)
+WIRES = ("fp32", "fp16", "bf16", "int8", "int4")
 KINDS = [Query, Presence, TrainOrder, TrainAnswer, EvaluateOrder, EvaluateAnswer]
 
 
@@ -44,13 +48,26 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter.pack(layers, heads, draw(NAMES))
 
 
-@given(adapters(), st.sampled_from(["fp32", "fp16"]))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@given(adapters(), st.sampled_from(list(DTYPES)))
 def test_an_adapter_comes_out_as_it_went_in(adapter: Adapter, wire: Any) -> None:
     content = write_message(Query(run="r", fingerprint="f"), {"x": seal(adapter, wire)})
     _, parcels = read_message(content, Query)
     got = unseal(parcels["x"])
     assert got.layout == adapter.layout
-    assert torch.equal(got.flat, adapter.flat if wire == "fp32" else adapter.flat.half().float())
+    assert torch.equal(got.flat, adapter.flat.to(DTYPES[wire]).float())
+
+
+@given(adapters(), st.integers(0, 1000), st.sampled_from(["int8", "int4"]))
+def test_a_change_comes_out_on_its_start(start: Adapter, seed: int, wire: Any) -> None:
+    change = torch.randn(len(start.flat), generator=torch.Generator().manual_seed(seed))
+    content = write_message(Query(run="r", fingerprint="f"), {"x": seal_numbers(change, start.layout, wire)})
+    _, parcels = read_message(content, Query)
+    got = unseal(parcels["x"], start=start)
+    assert got.layout == start.layout
+    assert torch.equal(got.flat, start.flat + decode(encode(change, wire), len(change), wire))
 
 
 @given(adapters(), st.data())
@@ -91,8 +108,9 @@ MANIFESTS = st.one_of(
     st.fixed_dictionaries(
         {
             "layout": LAYOUT_PARTS.map(json.dumps) | JSON,
-            "wire": st.sampled_from(["fp32", "fp16"]) | JSON,
-            "whole": st.booleans() | JSON,
+            "wire": st.sampled_from(WIRES) | JSON,
+            "part": st.sampled_from(PARTS) | JSON,
+            "density": st.none() | st.floats(0.1, 1) | JSON,
             "sha256": st.text(max_size=64) | JSON,
         }
     ).map(json.dumps),
@@ -102,7 +120,9 @@ MANIFESTS = st.one_of(
 def use(manifest: object, data: bytes | memoryview, frozen_a: int | None) -> None:
     """Do with a parcel what both sides do, and let only a ClientError out."""
     try:
-        adapter = unseal(parcel_of(manifest, data), frozen_a)
+        parcel = parcel_of(manifest, data)
+        dispatch = Dispatch(Adapter.empty(), 1, 0, "ab", frozen_a, density=parcel.density)
+        adapter = unseal(parcel, dispatch)
     except ClientError:
         return
     assert set(adapter.layers) == {name for name, *_ in adapter.layout.layers}
@@ -114,12 +134,13 @@ def test_no_manifest_does_harm(manifest: object, data: bytes, frozen_a: int | No
     use(manifest, data, frozen_a)
 
 
-@given(LAYOUT_PARTS, st.binary(max_size=64), st.none() | st.just(3), st.booleans())
+@given(LAYOUT_PARTS, st.binary(max_size=64), st.none() | st.just(3), st.sampled_from(PARTS), st.sampled_from(WIRES))
 def test_no_layout_does_harm_when_the_hash_is_right(
-    layout: dict[str, Any], data: bytes, frozen_a: int | None, whole: bool
+    layout: dict[str, Any], data: bytes, frozen_a: int | None, part: str, wire: str
 ) -> None:
     digest = hashlib.sha256(data).hexdigest()
-    described = {"layout": json.dumps(layout), "wire": "fp32", "whole": whole, "sha256": digest}
+    density = 0.5 if part == "sparse" else None
+    described = {"layout": json.dumps(layout), "wire": wire, "part": part, "density": density, "sha256": digest}
     use(json.dumps(described), data, frozen_a)
 
 
@@ -151,8 +172,10 @@ def test_a_hostile_manifest_costs_little_memory() -> None:
     huge = json.dumps({"layers": [["x", 2**30, 2**30, 2**30]], "extras": [["h", [2**30, 2**30]]], "method": "lora"})
     tracemalloc.start()
     try:
-        for whole in (True, False):
-            use(json.dumps({"layout": huge, "wire": "fp32", "whole": whole, "sha256": ""}), b"\0" * 1000, 3)
+        for part in PARTS:
+            described = {"layout": huge, "part": part, "density": 0.5 if part == "sparse" else None, "sha256": ""}
+            for wire in WIRES:
+                use(json.dumps(described | {"wire": wire}), b"\0" * 1000, 3)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

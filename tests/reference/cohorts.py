@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.adapter import Adapter
+from common.adapter import Adapter, tensor_bytes
 from common.federation import ClientUpdate, ModelSpec, ServerState
 from common.lowrank import LowRank
 from tests.reference import dense
@@ -64,9 +65,10 @@ def with_factors(update: ClientUpdate, layers: Mapping[str, LowRank]) -> ClientU
 
 
 def factors(adapter: Adapter, layer: str) -> tuple[dense.Matrix, dense.Matrix]:
-    """Return b and a of a layer as float64 numpy."""
+    """Return b and a of a layer as float64 numpy; of a matrix, itself and the identity."""
     part = adapter.layers[layer]
-    assert isinstance(part, LowRank)
+    if not isinstance(part, LowRank):
+        return part.w.double().numpy(), np.eye(part.shape[1])
     return part.b.double().numpy(), part.a.double().numpy()
 
 
@@ -81,11 +83,7 @@ def exact(updates: Sequence[ClientUpdate], layer: str) -> dense.Matrix:
 def matrix(adapter: Adapter | None, layer: str) -> dense.Matrix:
     """Return a layer's matrix as float64 numpy."""
     assert adapter is not None
-    part = adapter.layers[layer]
-    if isinstance(part, LowRank):
-        return dense.product(*factors(adapter, layer))
-    found: dense.Matrix = part.dense().double().numpy()
-    return found
+    return dense.product(*factors(adapter, layer))
 
 
 def error(state: ServerState, updates: Sequence[ClientUpdate]) -> float:
@@ -94,10 +92,17 @@ def error(state: ServerState, updates: Sequence[ClientUpdate]) -> float:
     return max(dense.distance(matrix(state.merged, layer), exact(updates, layer)) for layer in layers)
 
 
-def bits(state: ServerState) -> tuple[str, str, str, tuple[tuple[str, float], ...]]:
+def bits(state: ServerState) -> tuple[str, str, str, str, tuple[tuple[str, float], ...]]:
     """Fingerprint everything a merge changes."""
     merged = state.merged.sha256() if state.merged else ""
-    return state.start.sha256(), state.global_adapter.sha256(), merged, tuple(sorted(state.metrics.items()))
+    remembered = repr(sorted((name, hash_of(value)) for name, value in state.extras.items()))
+    metrics = tuple(sorted(state.metrics.items()))
+    return state.start.sha256(), state.global_adapter.sha256(), merged, remembered, metrics
+
+
+def hash_of(tensor: Tensor) -> str:
+    """Hash a tensor's shape, dtype and bytes."""
+    return hashlib.sha256(f"{tensor.shape}{tensor.dtype}".encode() + tensor_bytes(tensor.reshape(-1))).hexdigest()
 
 
 def scaled_slots(part: LowRank, gain: Tensor) -> LowRank:

@@ -129,3 +129,35 @@ def cosine(xs: Mapping[str, Matrix], ys: Mapping[str, Matrix]) -> float:
     x = math.sqrt(sum(float(np.sum(value**2)) for value in xs.values()))
     y = math.sqrt(sum(float(np.sum(value**2)) for value in ys.values()))
     return dot / (x * y)
+
+
+def nearest(matrix: Matrix, rank: int) -> Matrix:
+    """Return the best approximation of a rank: the leading singular triples, one after the other."""
+    u, values, vh = np.linalg.svd(matrix, full_matrices=False)
+    total = np.zeros_like(matrix)
+    for slot in range(min(rank, len(values))):
+        total = total + values[slot] * np.outer(u[:, slot], vh[slot])
+    return total
+
+
+def padded_mean(
+    parts: Sequence[tuple[Matrix, Matrix]], weights: Sequence[float], per_slot: bool
+) -> tuple[Matrix, Matrix]:
+    """Average b and a slot by slot, a client without the slot counting as zero, or not at all."""
+    rank = max(a.shape[0] for _, a in parts)
+    b_mean, a_mean = np.zeros((parts[0][0].shape[0], rank)), np.zeros((rank, parts[0][1].shape[1]))
+    for slot in range(rank):
+        held = [(b[:, slot], a[slot], weight) for (b, a), weight in zip(parts, weights, strict=True) if slot < len(a)]
+        whole = sum(weight for *_, weight in held) if per_slot else sum(weights)
+        for column, row, weight in held:
+            b_mean[:, slot] += weight / whole * column
+            a_mean[slot] += weight / whole * row
+    return b_mean, a_mean
+
+
+def ridge(target: Matrix, a: Matrix, penalty: float) -> Matrix:
+    """Return x with the least ``‖target − x a‖² + penalty ‖x‖²``, as least squares over one longer system."""
+    system = np.concatenate([a.T, math.sqrt(penalty) * np.eye(len(a))])
+    wanted = np.concatenate([target.T, np.zeros((len(a), len(target)))])
+    found: Matrix = np.linalg.lstsq(system, wanted, rcond=None)[0].T
+    return found

@@ -7,6 +7,7 @@ to the clients' scales.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.adapter import Adapter
-from common.federation import ClientUpdate, ModelSpec, ServerState
+from common.federation import ClientInfo, ClientUpdate, ModelSpec, ServerState
 from common.lowrank import LowRank
 from strategies import AggregationStrategy, aggregation_strategy
 from strategies.aggregation import ffa_lora
+from strategies.aggregation.hetlora import norm_shares
+from strategies.aggregation.lora_fair import correction
 from strategies.kmeans import Clusters, kmeans, singletons
+from strategies.residual import covariance
 from strategies.units import Centroids, Units, centroids, pool, stretch
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -218,3 +222,104 @@ def test_a_cluster_per_unit_without_scaling_is_the_plain_sum(layer: str) -> None
     means = centroids(units, singletons(len(units)))
     update = means.update(torch.ones_like(means.mass), torch.float64)
     assert_close(update.dense(), expected("lego", f"{layer}/lego_full/delta_plain"))
+
+
+def root_scaled(layer: str) -> list[LowRank]:
+    """Return the hetero clients with the root of the scale in both factors, as the HetLoRA vectors have it."""
+    clients = zip(parts("hetero", layer), scales("hetero"), strict=True)
+    return [LowRank(part.b / math.sqrt(scale), part.a * math.sqrt(scale)) for part, scale in clients]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("weights", "key"), [("norm", "hetlora"), ("examples", "zeropad")])
+def test_hetlora_is_the_padded_mean(weights: str, key: str, layer: str) -> None:
+    strategy = aggregation_strategy("hetlora", weights=weights)
+    factors = merge(strategy, layer, root_scaled(layer), numbers("hetero")).start.layers[layer]
+    assert isinstance(factors, LowRank)
+    assert_close(factors.a, expected("hetero", f"{layer}/{key}/A"))
+    assert_close(factors.b, expected("hetero", f"{layer}/{key}/B"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_hetlora_weighs_by_the_norm_of_the_product(layer: str) -> None:
+    given = torch.tensor(norm_shares(parts("hetero", layer)), dtype=torch.float64)
+    assert_close(given, expected("hetero", f"{layer}/hetlora/p"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rank", [2, 3, 4, 8])
+@pytest.mark.parametrize("split", ["balanced", "paper"])
+def test_flexlora_gives_each_client_the_nearest_of_its_rank(split: str, rank: int, layer: str) -> None:
+    strategy = aggregation_strategy("flexlora", split=split)
+    state = merge(strategy, layer, parts("hetero", layer), numbers("hetero"))
+    sent = strategy.dispatch(state, ClientInfo("any", rank)).start.layers[layer]
+    assert_close(sent.dense(), expected("hetero", f"{layer}/flexlora/delta_r{rank}"))
+    if rank == 8:
+        assert_close(merged(state, layer), sent.dense())
+        assert isinstance(sent, LowRank)
+        values = sent.b.norm(dim=0) * sent.a.norm(dim=1)
+        assert_close(values, expected("hetero", f"{layer}/flexlora/singular_values")[:8])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rank", [None, 2, 3, 4, 8])
+def test_fedavg_svd_is_the_nearest_of_one_rank(rank: int | None, layer: str) -> None:
+    """Without an option the smallest rank of the clients, 2, counts."""
+    state = merge(aggregation_strategy("fedavg_svd", rank=rank), layer, parts("hetero", layer), numbers("hetero"))
+    assert_close(merged(state, layer), expected("hetero", f"{layer}/flexlora/delta_r{rank or 2}"))
+    assert_close(state.start.layers[layer].dense(), merged(state, layer))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_florist_keeps_the_fewest_values_of_an_energy(error_feedback: bool, layer: str) -> None:
+    energy = EXPECTED["hetero"]["florist_tau"]
+    strategy = aggregation_strategy("florist", energy=energy, error_feedback=error_feedback)
+    state = merge(strategy, layer, parts("hetero", layer), numbers("hetero"))
+    assert state.merged is not None
+    kept = state.merged.layers[layer]
+    assert isinstance(kept, LowRank)
+    assert kept.rank == EXPECTED["hetero"]["layers"][layer]["florist_rank"]
+    assert_close(merged(state, layer), expected("hetero", f"{layer}/florist/delta"))
+    assert_close(state.global_adapter.layers[layer].dense(), expected("hetero", f"{layer}/florist/delta"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_florist_that_keeps_all_energy_is_flora(layer: str) -> None:
+    state = merge(aggregation_strategy("florist", energy=1), layer, parts("hetero", layer), numbers("hetero"))
+    assert_close(merged(state, layer), expected("hetero", f"{layer}/exact/delta"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fedex_lora_puts_the_residual_into_the_global_adapter(layer: str) -> None:
+    state = merge(aggregation_strategy("fedex_lora"), layer, parts("homo", layer), numbers("homo"))
+    start = state.start.layers[layer]
+    assert isinstance(start, LowRank)
+    assert_close(start.a, expected("homo", f"{layer}/fedit/A"))
+    assert_close(start.b / EXPECTED["homo"]["scale"], expected("homo", f"{layer}/fedit/B"))
+    assert_close(state.global_adapter.layers[layer].dense(), expected("homo", f"{layer}/fedex/residual"))
+    assert_close(merged(state, layer), expected("homo", f"{layer}/exact/delta"))
+    assert state.merged is not None
+    whole = state.merged.layers[layer]
+    assert isinstance(whole, LowRank)
+    assert whole.rank == start.rank + EXPECTED["homo"]["layers"][layer]["residual_rank"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lora_fair_corrects_by_ridge_regression(layer: str) -> None:
+    """The vectors' λ is absolute, the option's relative to the mean squared length of the rows."""
+    mean = LowRank(
+        expected("homo", f"{layer}/fedit/B") * EXPECTED["homo"]["scale"], expected("homo", f"{layer}/fedit/A")
+    )
+    residual = covariance(parts("homo", layer), EXPECTED["homo"]["weights"], mean)
+    wanted = expected("homo", f"{layer}/fair_ridge/dB") * EXPECTED["homo"]["scale"]
+    assert_close(correction(residual, mean.a, EXPECTED["homo"]["fair_lambda"]), wanted)
+    relative = EXPECTED["homo"]["fair_lambda"] * mean.rank / float(mean.a.square().sum())
+    state = merge(aggregation_strategy("lora_fair", ridge=relative), layer, parts("homo", layer), numbers("homo"))
+    start = state.start.layers[layer]
+    assert isinstance(start, LowRank)
+    assert_close(start.a, mean.a)
+    assert_close(start.b - mean.b, wanted)
+    exact = expected("homo", f"{layer}/exact/delta")
+    missed = float((merged(state, layer) - exact).norm() / exact.norm())
+    assert missed == pytest.approx(EXPECTED["homo"]["layers"][layer]["fair_ridge_rel_err"], rel=1e-12)
