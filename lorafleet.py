@@ -96,8 +96,23 @@ ExportTo = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to 
 Form = Annotated[ExportFormat, typer.Option("--format", help="What to write.")]
 ExportRound = Annotated[int | None, typer.Option("--round", min=0, help="Round to export. [default: the last]")]
 Best = Annotated[bool, typer.Option("--best", help="Export the round of the lowest loss.")]
+Adapters = Annotated[list[Path], typer.Argument(hidden=True)]
+MergeBy = Annotated[str, typer.Option("--strategy", metavar="NAME", help="stack, svd, average, lora_lego, ties or dare.")]
+Weights = Annotated[
+    list[float] | None,
+    typer.Option("--weight", metavar="W", help="Weight of each adapter, in turn. [default: 1/number each]"),
+]
+MergedRank = Annotated[int | None, typer.Option("--rank", help="Rank of the result. [default: the largest]")]
+Density = Annotated[float | None, typer.Option("--density", help="Share of entries kept, for ties and dare.")]
+MergeSeed = Annotated[int, typer.Option("--seed", help="For merges that draw.")]
+MergeOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any option of the merge, as in scale=paper; repeatable."),
+]
 NewFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write a new file, not to stdout.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the newest.")]
+ReplayStrategy = Annotated[str, typer.Option("--strategy", metavar="NAME", help="Strategy that merges.")]
+Evaluate = Annotated[bool, typer.Option(help="Also measure the clients' held-out loss after every merge.")]
 Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -212,6 +227,50 @@ def export(
     from simulations.terminal import verbs
 
     return verbs.export(run, out, form.value, number, best, _output(home, as_json))
+
+
+@app.command()
+def replay(
+    run: Run,
+    strategy: ReplayStrategy,
+    settings: Settings = None,
+    evaluate: Evaluate = True,
+    home: Home = None,
+    as_json: Json = False,
+    _plugins: Plugins = None,
+) -> int:
+    """Merge a past run's kept replies with another strategy.
+
+    RUN is the id of a run, the beginning of an id, or `last`; it must have kept its replies (federation.keep_replies).
+    """
+    from simulations.terminal.replaying import replay_run
+
+    return replay_run(run, strategy, settings or [], evaluate, _output(home, as_json))
+
+
+@app.command()
+def merge(
+    adapters: Adapters,
+    out: ExportTo,
+    strategy: MergeBy = "stack",
+    weights: Weights = None,
+    rank: MergedRank = None,
+    density: Density = None,
+    seed: MergeSeed = 0,
+    settings: MergeOptions = None,
+    as_json: Json = False,
+    _plugins: Plugins = None,
+) -> int:
+    """Merge PEFT folders into one, and tell how near it is.
+
+    ADAPTERS are PEFT folders of one base model, of any ranks and scalings; the table compares the result with the sum
+    of their updates, each times its weight.
+    """
+    from simulations.terminal import verbs
+
+    given = {"rank": rank, "density": density}
+    options = {key: value for key, value in given.items() if value is not None}
+    return verbs.merge(adapters, out, strategy, options, settings or [], weights or [], seed, _output(None, as_json))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Who takes part: seeded choices among the clients that are online."""
+"""Who takes part and when: seeded choices among the clients that are online, and which rounds are evaluated."""
 
 from __future__ import annotations
 
@@ -70,3 +70,8 @@ def evaluation_cohort(
     able = [name for name in online if clients.get(name, DEFAULTS).evaluates]
     count = max(1, round(experiment.evaluation.fraction * len(able)))
     return choose(able, count, experiment.seed, "evaluation")
+
+
+def is_evaluated(experiment: Experiment, number: int) -> bool:
+    """Tell whether a round is evaluated: round 0, the last one, and every so many between."""
+    return number in (0, experiment.federation.rounds) or number % experiment.evaluation.every == 0

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from flwr.app import Message
 
 from common.errors import ClientError
-from common.experiment import Experiment
 from common.federation import ServerState
 from common.messages import EvaluateAnswer
 from common.wire import message_bytes, read_message, seal, unseal
@@ -21,11 +20,6 @@ from server.federation import Federation
 from server.orders import Order
 from server.progress import announce
 from server.record import RoundRecord
-
-
-def is_evaluated(experiment: Experiment, number: int) -> bool:
-    """Tell whether a round is evaluated: round 0, the last one, and every so many between."""
-    return number in (0, experiment.federation.rounds) or number % experiment.evaluation.every == 0
 
 
 def evaluation_phase(
@@ -59,7 +53,7 @@ class Judgements:
 
     record: RoundRecord
     max_num_examples: int
-    holdings: dict[str, str]
+    holdings: dict[str, tuple[str, ...]]
     answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
 
     def take(self, order: Order, message: Message) -> None:
@@ -107,7 +101,7 @@ def evaluate_here(federation: Federation, state: ServerState, record: RoundRecor
     experiment = federation.experiment
     place = workspace(experiment)
     with cpu_threads(experiment.training.threads):
-        parcel = seal(state.global_adapter, experiment.federation.wire)  # what clients see, under the same key
+        parcel = seal(state.global_adapter, experiment.federation.wire_down)  # what clients see, under the same key
         place.adapted.use_global(unseal(parcel), parcel.sha256)
         place.adapted.load(state.start)
         rows = place.task.public_data()

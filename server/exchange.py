@@ -5,15 +5,27 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.flower import ErrorCode, abandon_messages, error_name, wait_for_replies
-from server.orders import Order
 
-Answered = Callable[[Order, Message], None]
-Failed = Callable[[Order, str, str], None]
+
+class Addressed(Protocol):
+    """A message to a client."""
+
+    @property
+    def client(self) -> str:
+        """Name of the client."""
+
+    @property
+    def message(self) -> Message:
+        """What is sent."""
+
+
+A = TypeVar("A", bound=Addressed)
 
 # A message's time to live is the deadline: whichever clock ends first, the client is late.
 _FATES = {
@@ -26,10 +38,10 @@ _RAISED = re.compile(r"<class '(?P<kind>[\w.]+)'>:<'(?P<text>.*)'>", re.DOTALL)
 
 def exchange(
     grid: Grid,
-    orders: Sequence[Order],
+    orders: Sequence[A],
     deadline_s: float,
-    answered: Answered,
-    failed: Failed,
+    answered: Callable[[A, Message], None],
+    failed: Callable[[A, str, str], None],
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Send orders and hand over each answer as it arrives.

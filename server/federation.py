@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from flwr.serverapp import Grid
 
@@ -13,7 +14,10 @@ from server.cohort import DEFAULTS
 from server.journal import Journal
 from server.nodes import Nodes
 from server.orders import OrderBook
+from server.ranks import client_rank
 from strategies import AggregationStrategy
+from strategies.optimizers import OPTIMIZERS, ServerOptimizer
+from strategies.robust import ROBUST, RobustRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +44,8 @@ class Federation:
         Who is online.
     journal : Journal
         What is remembered.
-    holdings : dict of str to str
-        Hash of the global adapter each client said it holds; forgotten when the server restarts.
+    holdings : dict of str to tuple of str
+        Hashes of the global adapter and the frames each client said it holds; forgotten when the server restarts.
     """
 
     run: str
@@ -53,7 +57,23 @@ class Federation:
     grid: Grid
     nodes: Nodes
     journal: Journal
-    holdings: dict[str, str] = field(default_factory=dict)
+    holdings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def rule(self) -> RobustRule:
+        """What is done against bad clients before merging."""
+        return ROBUST.create(self.experiment.robust.name, self.experiment.robust.options)
+
+    @cached_property
+    def optimizer(self) -> ServerOptimizer:
+        """What is done with the merged update."""
+        choice = self.experiment.server_optimizer
+        return OPTIMIZERS.create(choice.name, choice.options)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the replies of a round are merged all at once, as a rule or a cap on weights must see them all."""
+        return not self.rule.passes_all or self.experiment.federation.max_weight_share is not None
 
     def order_book(self, state: ServerState) -> OrderBook:
         """Open the orders of one round on one state."""
@@ -61,7 +81,7 @@ class Federation:
 
     def client(self, name: str) -> ClientInfo:
         """Describe a client to the strategy."""
-        rank = self.clients.get(name, DEFAULTS).rank
-        if rank == "auto":
-            rank = min(self.nodes.max_rank(name) or self.default_rank, self.default_rank)
-        return ClientInfo(name, rank or self.default_rank)
+        settings = self.clients.get(name, DEFAULTS)
+        device = self.nodes.max_rank(name)
+        rank = client_rank(self.experiment, self.strategy, self.spec, settings, self.default_rank, device)
+        return ClientInfo(name, rank)

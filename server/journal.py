@@ -21,6 +21,7 @@ from common.parcel_file import parcel_bytes, read_parcel
 from common.store import Artefact, ClientRound, Event, Metric, Round, Run, RunStore, verify, write_artefact
 from common.wire import Parcel
 from server.record import RoundRecord, best_metric, sentence
+from server.secure.desk import Desk
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class Journal(Protocol):
 
     def reply(self, number: int, client: str) -> tuple[TrainAnswer, Parcel]:
         """Read a kept reply again."""
+        ...
+
+    def desk(self, number: int) -> Desk:
+        """Return where the answers of a round's secure sum are kept."""
         ...
 
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
@@ -107,6 +112,10 @@ class StoreJournal:
         """Read a kept reply again."""
         parcel, header, _ = read_parcel(self._folder / self._reply_name(number, client))
         return read_header(TrainAnswer, header), parcel
+
+    def desk(self, number: int) -> Desk:
+        """Return where the answers of a round's secure sum are kept."""
+        return Desk(self._folder, f"rounds/{number:04d}/secure")
 
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
         """Write state and samples, then everything else in one transaction."""
@@ -169,6 +178,7 @@ class StoreJournal:
         return (before.state_path, before.state_sha256) if before else (None, None)
 
     def _forget_replies(self, number: int) -> None:
+        self.desk(number).discard()
         if not self.keep_replies:
             shutil.rmtree(self._folder / f"rounds/{number:04d}/replies", ignore_errors=True)
 

@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
+import torch
 from flwr.app import Message, MessageType
 
 from common.adapter import Adapter
 from common.errors import ClientError, RunError
 from common.experiment import Experiment
-from common.federation import ClientInfo, Dispatch, ServerState
+from common.federation import ClientInfo, Dispatch, ModelSpec, Part, ServerState
 from common.fingerprint import code_fingerprint
-from common.messages import EvaluateOrder, TrainOrder
-from common.wire import Parcel, seal, write_message
+from common.messages import EvaluateOrder, Masking, TrainOrder
+from common.quantize import is_quantized
+from common.start import starting_adapter
+from common.wire import DTYPES, Parcel, WireFormat, seal, unseal, write_message
+from server.bounds import Bound, bounded, download_bound
 from strategies import AggregationStrategy
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """One message to one client, with what is needed to judge the answer."""
+    """One message to one client, with what is needed to judge the answer.
+
+    Parameters
+    ----------
+    client : str
+        Name of the client.
+    message : Message
+        What is sent.
+    header : TrainOrder or EvaluateOrder
+        Its header.
+    dispatch : Dispatch
+        What the strategy decided; its start is the one before encoding.
+    sent : Parcel
+        The start as it is sent.
+    spec : ModelSpec
+        The model.
+    lost : float
+        Share of the squared norm that a bound on the download cut off.
+    """
 
     client: str
     message: Message
     header: TrainOrder | EvaluateOrder
     dispatch: Dispatch
+    sent: Parcel
+    spec: ModelSpec
+    lost: float = 0.0
+
+    @cached_property
+    def start(self) -> Adapter:
+        """What the client's training begins with, whole, as the client works it out from what it gets."""
+        given = replace(self.dispatch, start=unseal(self.sent, self.dispatch))
+        return starting_adapter(given, self.spec)
 
 
 @dataclass
@@ -41,56 +74,86 @@ class OrderBook:
         Decides where each client starts.
     state : ServerState
         The model to train on or to evaluate.
-    holdings : mapping of str to str
-        Hash of the global adapter each client says it holds; that one is not sent again.
+    holdings : mapping of str to tuple of str
+        Hashes of the global adapter and the frames each client says it holds; those are not sent again.
     """
 
     run: str
     experiment: Experiment
     strategy: AggregationStrategy
     state: ServerState
-    holdings: Mapping[str, str] = field(default_factory=dict)
-    _sealed: dict[tuple[int, bool], tuple[Adapter, Parcel]] = field(default_factory=dict)
+    holdings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    _cut: dict[tuple[int, Bound], tuple[Adapter, Adapter, Adapter, float]] = field(default_factory=dict)
+    _sealed: dict[tuple[int, str], tuple[Adapter, Parcel]] = field(default_factory=dict)
 
-    def train(self, number: int, attempt: int, client: ClientInfo, node: int) -> Order:
+    def train(self, number: int, attempt: int, client: ClientInfo, node: int, masking: Masking | None = None) -> Order:
         """Order a round of training."""
-        dispatch = self.strategy.dispatch(self.state, client)
+        dispatch, merged, lost = self._bounded(client.name, self.strategy.dispatch(self.state, client))
         header = TrainOrder(
-            run=self.run,
-            round=number,
+            **self._known(number, client.name, dispatch, merged),
             attempt=attempt,
             rounds=self.experiment.federation.rounds,
-            fingerprint=code_fingerprint(),
-            client=client.name,
-            base_version=self.state.base_version,
-            global_hash=self._global.digest,
-            rank=dispatch.rank,
-            seed=dispatch.seed,
             trains=dispatch.trains,
-            frozen_a=dispatch.frozen_a,
+            tail=dispatch.tail,
+            masking=masking,
+            feedback=self._feedback,
         )
-        return self._order(header, dispatch, dispatch.start, node, MessageType.TRAIN)
+        return self._order(header, dispatch, merged, lost, node, MessageType.TRAIN)
 
     def evaluate(self, number: int, client: str, node: int) -> Order:
         """Order an evaluation of the state's model."""
-        dispatch = self.strategy.dispatch(self.state, ClientInfo(client, 1))
-        header = EvaluateOrder(
-            run=self.run,
-            round=number,
-            fingerprint=code_fingerprint(),
-            client=client,
-            base_version=self.state.base_version,
-            global_hash=self._global.digest,
-            frozen_a=dispatch.frozen_a,
-        )
-        return self._order(header, dispatch, self.state.start, node, MessageType.EVALUATE)
+        known = replace(self.strategy.dispatch(self.state, ClientInfo(client, 1)), start=self.state.start)
+        dispatch, merged, lost = self._bounded(client, known)
+        header = EvaluateOrder(**self._known(number, client, dispatch, merged))
+        return self._order(header, dispatch, merged, lost, node, MessageType.EVALUATE)
+
+    def _bounded(self, client: str, dispatch: Dispatch) -> tuple[Dispatch, Adapter, float]:
+        """Return the dispatch and the global adapter as the client may get them, and what that loses."""
+        bound, merged = download_bound(self.experiment, client), self.state.global_adapter
+        if bound.is_none:
+            return dispatch, merged, 0.0
+        key = (id(dispatch.start), bound)
+        if key not in self._cut:
+            free = dispatch.receives == "ab" and not self.strategy.capabilities.same_coordinates
+            wire = self.experiment.federation.wire_down
+            start = dispatch.start
+            self._cut[key] = (start, *bounded(merged, start, bound, wire, free))
+        _, merged, start, lost = self._cut[key]
+        return replace(dispatch, start=start), merged, lost
+
+    def _known(self, number: int, client: str, dispatch: Dispatch, merged: Adapter) -> dict[str, Any]:
+        """Return what both kinds of order say of the model, beside its numbers."""
+        return {
+            "run": self.run,
+            "round": number,
+            "fingerprint": code_fingerprint(),
+            "client": client,
+            "base_version": self.state.base_version,
+            "global_hash": self._seal(merged).digest,
+            "rank": dispatch.rank,
+            "seed": dispatch.seed,
+            "frozen_a": dispatch.frozen_a,
+            "frames_hash": self._seal(dispatch.frames).digest if dispatch.frames is not None else "",
+            "keeps_b": dispatch.keeps_b,
+            "density": dispatch.density,
+        }
 
     def _order(
-        self, header: TrainOrder | EvaluateOrder, dispatch: Dispatch, start: Adapter, node: int, kind: str
+        self,
+        header: TrainOrder | EvaluateOrder,
+        dispatch: Dispatch,
+        merged: Adapter,
+        lost: float,
+        node: int,
+        kind: str,
     ) -> Order:
-        parcels = {"start": self._seal(start, whole=dispatch.frozen_a is None, hashed=False)}
-        if self.holdings.get(header.client) != header.global_hash:
-            parcels["global"] = self._global
+        sent = self._seal(dispatch.start, dispatch, hashed=False)
+        parcels = {"start": sent}
+        held = self.holdings.get(header.client, ())
+        if header.global_hash not in held:
+            parcels["global"] = self._seal(merged)
+        if dispatch.frames is not None and header.frames_hash not in held:
+            parcels["frames"] = self._seal(dispatch.frames)
         message = Message(
             write_message(header, parcels),
             node,
@@ -98,21 +161,37 @@ class OrderBook:
             ttl=self.experiment.federation.deadline_s,
             group_id=str(header.round),
         )
-        return Order(header.client, message, header, dispatch)
+        return Order(header.client, message, header, dispatch, sent, self.state.spec, lost)
 
     @property
-    def _global(self) -> Parcel:
-        return self._seal(self.state.global_adapter, whole=True, hashed=True)
+    def _feedback(self) -> bool:
+        """Tell whether what an upload lost may be added to the next one."""
+        settings = self.experiment.federation
+        return settings.error_feedback and is_quantized(settings.wire) and self.strategy.capabilities.same_coordinates
 
-    def _seal(self, adapter: Adapter, whole: bool, hashed: bool) -> Parcel:
+    def _seal(self, adapter: Adapter, dispatch: Dispatch | None = None, hashed: bool = True) -> Parcel:
+        """Encode what of an adapter a client needs: all of it, or of a start what its dispatch does not tell."""
+        part: Part = "ab" if dispatch is None else dispatch.receives
         # The adapter is kept beside its parcel, so that its id is not given to another one meanwhile.
-        key = (id(adapter), whole)
+        key = (id(adapter), part)
         if key not in self._sealed:
-            self._sealed[key] = (adapter, self._encoded(adapter, whole, hashed))
+            self._sealed[key] = (adapter, self._encoded(adapter, part, dispatch, hashed))
         return self._sealed[key][1]
 
-    def _encoded(self, adapter: Adapter, whole: bool, hashed: bool) -> Parcel:
+    def _encoded(self, adapter: Adapter, part: Part, dispatch: Dispatch | None, hashed: bool) -> Parcel:
         try:
-            return seal(adapter, self.experiment.federation.wire, whole, hashed)
+            return seal(adapter, self.experiment.federation.wire_down, part, dispatch, hashed)
         except ClientError as error:
             raise RunError(f"the merged adapter cannot be sent: {error}") from None
+
+
+def as_sent(state: ServerState, strategy: AggregationStrategy, wire: WireFormat) -> ServerState:
+    """Round the start adapter to what clients will get of it, so that server and clients speak of the same numbers."""
+    part = strategy.dispatch(state, ClientInfo("", 1)).receives
+    if wire == "fp32" or part not in ("ab", "b", "inner"):
+        return state
+    layout, flat = state.start.layout, state.start.flat
+    before = layout.head_numel if part == "inner" else 0
+    after = layout.head_numel if part == "b" else layout.numel
+    rounded = flat[before:after].to(DTYPES[wire]).to(flat.dtype)
+    return replace(state, start=Adapter(torch.cat([flat[:before], rounded, flat[after:]]), layout))

@@ -13,22 +13,26 @@ from common.base_model import four_bit
 from common.errors import ConfigurationError, LoRAFleetError
 from common.experiment import Experiment
 from common.federation import ModelSpec
-from common.methods import METHODS
-from common.tasks import TASKS, clients_key
+from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.initial import initial_state
+from server.ranks import client_rank
 from server.traffic import Traffic
-from strategies import AGGREGATION, AggregationStrategy, aggregation_strategy
+from strategies import AggregationStrategy, aggregation_strategy
+from strategies.merging import robust_refusals
+from strategies.robust import ROBUST
+from strategies.sections import SECTIONS
 
 
 @dataclass(frozen=True)
 class PlannedClient:
-    """One client of the plan: bytes of adapters per training round, headers aside."""
+    """One client of the plan: optimizer steps and bytes of adapters per training round, headers aside."""
 
     name: str
     rank: int
     trains: bool
     evaluates: bool
+    steps: int
     bytes_up: int
     bytes_down: int
 
@@ -75,17 +79,20 @@ def make_plan(experiment: Experiment) -> Plan:
     strategy = _attempt(problems, lambda: aggregation_strategy(experiment.strategy.name, **experiment.strategy.options))
     task = _attempt(problems, lambda: task_of(experiment))
     method = _attempt(problems, lambda: method_of(experiment))
+    rule = _attempt(problems, lambda: ROBUST.create(experiment.robust.name, experiment.robust.options))
     _attempt(problems, lambda: choose_device(experiment.training.device))
     if experiment.training.base_precision == "4bit":
         _attempt(problems, four_bit)
-    if problems or strategy is None or task is None or method is None:
+    if problems or strategy is None or task is None or method is None or rule is None:
         raise ConfigurationError(problems)
     clients = experiment.simulated_clients()
-    ranks = {name: client.rank if isinstance(client.rank, int) else method.rank for name, client in clients.items()}
-    training = {name: rank for name, rank in ranks.items() if clients[name].trains}
-    if refusals := strategy.refusals(training):
-        raise ConfigurationError(refusals)
     spec = model_spec(experiment)
+    ranks = {name: client_rank(experiment, strategy, spec, client, method.rank) for name, client in clients.items()}
+    training = {name: rank for name, rank in ranks.items() if clients[name].trains}
+    cohort = _cohort(experiment, len(training))
+    share = experiment.federation.max_weight_share
+    if refusals := [*strategy.refusals(training), *robust_refusals(rule, strategy, training, cohort, share)]:
+        raise ConfigurationError(refusals)
     begun = initial_state(experiment, strategy, spec).global_adapter.layout
     notices = task.check_data(clients_key(clients), experiment.seed)
     return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, training)])
@@ -94,12 +101,18 @@ def make_plan(experiment: Experiment) -> Plan:
 def option_problems(table: Mapping[str, Any]) -> list[str]:
     """Find what is wrong with the plug-ins an experiment's tables name, whatever else is wrong with them."""
     problems: list[str] = []
-    for section, family in (("task", TASKS), ("adapter", METHODS), ("strategy", AGGREGATION)):
+    for section, family in SECTIONS.items():
         choice = table.get(section)
         if isinstance(choice, Mapping) and isinstance(name := choice.get("name"), str):
             options = choice.get("options", {})
             _attempt(problems, partial(family.create, name, options if isinstance(options, Mapping) else {}))
     return problems
+
+
+def _cohort(experiment: Experiment, training: int) -> int:
+    """Return how many of the clients that train do so in one round."""
+    settings = experiment.federation
+    return min(settings.cohort_size or max(1, round(settings.cohort_fraction * training)), training)
 
 
 def _attempt(problems: list[str], build):  # type: ignore[no-untyped-def]
@@ -134,13 +147,13 @@ def _planned(
     settings, known = experiment.federation, experiment.simulated_clients()
     training = [name for name in ranks if known[name].trains]
     judging = {name for name in ranks if known[name].evaluates and "clients" in experiment.evaluation.on}
-    cohort = min(settings.cohort_size or max(1, round(settings.cohort_fraction * len(training))), len(training))
+    cohort = _cohort(experiment, len(training))
     cohort_ranks = sorted((ranks[name] for name in training), reverse=True)[:cohort]
     traffic = Traffic(experiment, strategy, spec, cohort_ranks, begun)
 
     def down(name: str, number: int, share: float = 1.0, judged: float = 1.0) -> float:
-        trained = traffic.training(ranks[name], number, name in judging) if number and known[name].trains else 0
-        return share * trained + (judged * traffic.evaluation(number) if name in judging else 0)
+        trained = traffic.training(name, ranks[name], number, name in judging) if number and known[name].trains else 0
+        return share * trained + (judged * traffic.evaluation(name, number) if name in judging else 0)
 
     share, judged = cohort / len(training), experiment.evaluation.fraction
     return Plan(
@@ -150,7 +163,8 @@ def _planned(
                 rank,
                 known[name].trains,
                 known[name].evaluates,
-                traffic.upload(rank) if known[name].trains else 0,
+                experiment.training.steps if known[name].trains else 0,
+                traffic.upload(rank, settings.rounds) if known[name].trains else 0,
                 round(down(name, settings.rounds)),
             )
             for name, rank in sorted(ranks.items())
@@ -158,9 +172,15 @@ def _planned(
         layers=len(spec.layers),
         rounds=settings.rounds,
         cohort_size=cohort,
-        bytes_up=round(sum(traffic.upload(ranks[name]) for name in training) * share * settings.rounds),
+        bytes_up=round(
+            share * sum(traffic.upload(ranks[name], n) for name in training for n in range(1, settings.rounds + 1))
+        ),
         bytes_down=round(sum(down(name, n, share, judged) for name in ranks for n in range(settings.rounds + 1))),
-        largest_download=max(traffic.whole_start(done) + traffic.merged(done) for done in range(settings.rounds + 1)),
+        largest_download=max(
+            sum(traffic.download(name, sum(cohort_ranks), done))
+            for name in ranks
+            for done in range(settings.rounds + 1)
+        ),
         notices=tuple(notices),
     )
 

@@ -18,11 +18,13 @@ from common.experiment import Experiment
 from common.federation import ServerState
 from common.workspace import cpu_threads
 from server.certificate import write_certificate
-from server.cohort import absent, training_cohort
-from server.evaluation import evaluation_phase, is_evaluated
+from server.cohort import absent, is_evaluated, training_cohort
+from server.evaluation import evaluation_phase
 from server.federation import Federation
+from server.orders import as_sent
 from server.progress import announce
 from server.record import RoundRecord, best_metric
+from server.secure.sums import secure_phase
 from server.training import Collection, training_phase
 
 
@@ -96,7 +98,8 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
         away = absent(federation.experiment, federation.clients, number, online)
         record.clients = {name: {"status": "offline", "reason": reason} for name, reason in away.items()}
         with _timed(record, "train"):
-            collection = training_phase(federation, state, record, online)
+            phase = secure_phase if federation.experiment.secure_aggregation.enabled else training_phase
+            collection = phase(federation, state, record, online)
         with _timed(record, "aggregate"):
             state = _merged(federation, state, collection)
 
@@ -116,14 +119,16 @@ def _merged(federation: Federation, state: ServerState, collection: Collection) 
     """Merge what was collected if the quorum holds; otherwise the round has failed and changes nothing."""
     record = collection.record
     # 0.3 × 10 is a little above 3
-    needed = max(1, math.ceil(federation.experiment.federation.min_completion * len(record.cohort) - 1e-9))
-    if len(collection.accepted) < needed:
+    quorum = math.ceil(federation.experiment.federation.min_completion * len(record.cohort) - 1e-9)
+    needed = max(1, quorum, federation.rule.least_updates)
+    if record.status != "failed" and len(collection.accepted) < needed:
         record.status = "failed"
         record.reason = f"{len(collection.accepted)} valid replies of {len(record.cohort)}, {needed} needed"
+    if record.status == "failed":
         announce("round_failed", f"round {record.number} failed: {record.reason}", record.number)
         return state
     with cpu_threads(federation.experiment.training.threads):
-        merged = federation.strategy.finish(state, collection.accumulated)
+        merged = as_sent(collection.merge(), federation.strategy, federation.experiment.federation.wire_down)
     for name, value in sorted(merged.metrics.items()):
         record.measure(name, value)
     _mean_train_loss(collection)

@@ -11,42 +11,47 @@ from common.adapter import Adapter, Layout
 from common.errors import RejectedUpdate
 from common.experiment import FederationSettings
 from common.federation import ClientUpdate, Dispatch, ModelSpec, ServerState
-from common.messages import TrainAnswer, TrainOrder
+from common.lowrank import LowRank
+from common.messages import EvaluateOrder, TrainAnswer, TrainOrder
+from common.quantize import is_quantized
 from common.start import frozen_hash
+from common.travel import untrained_hash
 from common.wire import Parcel, unseal
+from server.orders import Order
 from strategies.updates import check_update
 
 
 def screen(
-    order: TrainOrder,
-    dispatch: Dispatch,
-    answer: TrainAnswer,
-    parcels: Mapping[str, Parcel],
-    state: ServerState,
-    settings: FederationSettings,
+    order: Order, answer: TrainAnswer, parcels: Mapping[str, Parcel], state: ServerState, settings: FederationSettings
 ) -> ClientUpdate:
-    """Turn a client's answer into an update.
+    """Turn a client's answer into an update, made whole from what the client was given.
 
     Raises
     ------
     ClientError
         With the reason why the answer is left out of the round.
     """
-    _check_header(order, answer, settings)
+    _check_header(order.header, answer, settings)
     if set(parcels) != {"update"}:
         raise RejectedUpdate(f"expected one adapter named update, got: {', '.join(sorted(parcels)) or 'none'}")
     parcel = parcels["update"]
-    _check_layers(parcel.layout, state.spec, order.rank)
+    _check_layers(parcel.layout, order)
     _check_heads(parcel.layout, state.spec)
-    if dispatch.frozen_a is not None:
-        _check_frozen(parcel, answer, dispatch.frozen_a)
-    adapter = unseal(parcel, dispatch.frozen_a)
+    if parcel.part != order.dispatch.sends:
+        raise RejectedUpdate(f"it sent the part {parcel.part!r} of its adapter, expected {order.dispatch.sends!r}")
+    adapter = unseal(parcel, order.dispatch, order.start if _needs_start(parcel, order.dispatch) else None)
+    _check_frozen(adapter, answer, order.dispatch)
     weight = answer.num_examples if settings.weighting == "examples" else 1.0
     metrics = {name: value for name, value in answer.metrics.items() if math.isfinite(value)}
     update = ClientUpdate(order.client, adapter, weight, answer.base_version, metrics)
     check_update(update, state)
     _check_norm(adapter, settings.max_update_norm)
     return update
+
+
+def _needs_start(parcel: Parcel, dispatch: Dispatch) -> bool:
+    """Tell whether an update means nothing without the start of its training."""
+    return is_quantized(parcel.wire) or (dispatch.sends in ("a", "b") and dispatch.frozen_a is None)
 
 
 def _check_norm(adapter: Adapter, bound: float | None) -> None:
@@ -57,7 +62,7 @@ def _check_norm(adapter: Adapter, bound: float | None) -> None:
         raise RejectedUpdate(f"the update's norm {norm:.4g} exceeds federation.max_update_norm {bound}")
 
 
-def _check_header(order: TrainOrder, answer: TrainAnswer, settings: FederationSettings) -> None:
+def _check_header(order: TrainOrder | EvaluateOrder, answer: TrainAnswer, settings: FederationSettings) -> None:
     if answer.client != order.client:
         raise RejectedUpdate(f"the answer is signed {answer.client!r}, expected {order.client!r}")
     if answer.round != order.round:
@@ -69,10 +74,10 @@ def _check_header(order: TrainOrder, answer: TrainAnswer, settings: FederationSe
         )
 
 
-def _check_layers(layout: Layout, spec: ModelSpec, rank: int) -> None:
+def _check_layers(layout: Layout, order: Order) -> None:
     """Compare layers and ranks with what was ordered, before anything is built from the manifest."""
     sent = {name: (out, inn, held) for name, out, inn, held in layout.layers}
-    expected = {name: (*shape, spec.layer_rank(name, rank)) for name, shape in spec.layers.items()}
+    expected = {name: (*shape, _rank(order, name)) for name, shape in order.spec.layers.items()}
     if missing := sorted(set(expected) - set(sent)):
         raise RejectedUpdate(f"the update lacks layer {missing[0]} ({len(missing)} in all)")
     if extra := sorted(set(sent) - set(expected)):
@@ -89,6 +94,18 @@ def _check_heads(layout: Layout, spec: ModelSpec) -> None:
             raise RejectedUpdate(f"head {name[:100]!r} has shape {sent.get(name)}, expected {expected.get(name)}")
 
 
-def _check_frozen(parcel: Parcel, answer: TrainAnswer, seed: int) -> None:
-    if parcel.whole or answer.frozen_hash != frozen_hash(parcel.layout, seed):
-        raise RejectedUpdate("frozen factor differs: the update was not trained on the shared frozen a")
+def _rank(order: Order, layer: str) -> int:
+    """Return the rank a client was to train a layer at; -1 is a dense one."""
+    if order.dispatch.density is not None:
+        return -1
+    rank = order.spec.layer_rank(layer, order.dispatch.rank)
+    frame = order.dispatch.frames.layers[layer] if order.dispatch.frames is not None else None
+    return min(rank, frame.rank) if isinstance(frame, LowRank) else rank
+
+
+def _check_frozen(adapter: Adapter, answer: TrainAnswer, dispatch: Dispatch) -> None:
+    """Compare the client's hash of the factor it was not to train with the one it was given."""
+    shared = dispatch.sends == "b" and dispatch.frozen_a is not None
+    expected = frozen_hash(adapter.layout, dispatch.frozen_a) if shared else untrained_hash(adapter, dispatch)
+    if answer.frozen_hash != expected:
+        raise RejectedUpdate("frozen factor differs: the update was not trained on the factor it was given")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.adapter import Layout
 from common.experiment import Experiment
-from common.federation import ModelSpec
-from server.evaluation import is_evaluated
+from common.federation import ModelSpec, Part
+from common.travel import part_numel
+from common.wire import wire_bytes
+from server.bounds import download_bound, numbers_at, rank_limit
+from server.cohort import is_evaluated
 from strategies import AggregationStrategy
-
-NUMBER_BYTES = {"fp32": 4, "fp16": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,52 +39,73 @@ class Traffic:
     cohort: Sequence[int]
     begun: Layout
 
-    def upload(self, rank: int) -> int:
-        """Bytes of one trained update."""
-        return self._bytes(self._factors(rank) + self._heads)
+    def upload(self, rank: int, number: int) -> int:
+        """Bytes of one update trained in round ``number``."""
+        return wire_bytes(self._numbers(rank, self.strategy.travels(number).up), self.experiment.federation.wire)
 
-    def start(self, rank: int, merges: int) -> int:
-        """Bytes of the start adapter a client of this rank gets after so many merges."""
-        return self._bytes(self._factors(self._expected(rank, merges)[0]) + self._heads)
-
-    def whole_start(self, merges: int) -> int:
-        """Bytes of the whole start adapter, as evaluation needs it."""
-        return self.start(sum(self.cohort), merges)
-
-    def merged(self, merges: int) -> int:
-        """Bytes of the global adapter after so many merges, each layer in its smaller form."""
-        grown = self._expected(1, merges)[1]
-        ranks = dict.fromkeys(self.spec.layers, grown)
-        for name, out, inn, rank in self.begun.layers:
-            ranks[name] = grown + (rank if rank >= 0 else min(out, inn))
-        sizes = self.spec.layers
-        return self._bytes(sum(min(rank * sum(sizes[name]), math.prod(sizes[name])) for name, rank in ranks.items()))
-
-    def training(self, rank: int, number: int, evaluates: bool) -> int:
+    def training(self, client: str, rank: int, number: int, evaluates: bool) -> int:
         """Bytes sent for one round of training; a client that evaluated the model already holds the global adapter."""
-        holds = evaluates and is_evaluated(self.experiment, number - 1)
-        return self.start(rank, number - 1) + (0 if holds else self.merged(number - 1))
+        start, held = self.download(client, rank, number - 1)
+        return start if evaluates and is_evaluated(self.experiment, number - 1) else start + held
 
-    def evaluation(self, number: int) -> int:
-        """Bytes sent for one evaluation."""
-        if not is_evaluated(self.experiment, number):
+    def evaluation(self, client: str, number: int) -> int:
+        """Bytes sent for one evaluation, which needs the whole start adapter."""
+        return sum(self.download(client, sum(self.cohort), number)) if is_evaluated(self.experiment, number) else 0
+
+    def download(self, client: str, rank: int, merges: int) -> tuple[int, int]:
+        """Bytes of the start adapter, and of what a node holds on to (global adapter, frames), after so many merges.
+
+        Parameters
+        ----------
+        client : str
+            Its download may be bounded.
+        rank : int
+            Of the client; with more than the start adapter has, all of it is sent.
+        merges : int
+            Rounds merged before.
+        """
+        strategy, wire = self.strategy, self.experiment.federation.wire_down
+        part = strategy.travels(merges + 1).down
+        held, grown = strategy.expected_ranks(rank, self.cohort, merges)
+        start, merged = self._layout(held, dense=part == "sparse"), self._merged(grown)
+        free = part == "ab" and not strategy.capabilities.same_coordinates
+        limit = rank_limit(merged, start, download_bound(self.experiment, client), wire, free)
+        numbers = numbers_at(start, limit) if free else part_numel(start, part, self._density(part))
+        return wire_bytes(numbers, wire), wire_bytes(numbers_at(merged, limit), wire) + self._frames(merges)
+
+    def _frames(self, merges: int) -> int:
+        """Bytes of the frames that a client first needs after so many merges."""
+        if [self.strategy.travels(number).down == "core" for number in (merges, merges + 1)] != [False, True]:
             return 0
-        return self.whole_start(number) + self.merged(number)
+        rank = self.strategy.expected_ranks(sum(self.cohort), self.cohort, merges)[0]
+        return wire_bytes(self._layout(rank).numel - self._heads, self.experiment.federation.wire_down)
+
+    def _merged(self, grown: int) -> Layout:
+        """Return the layout of the global adapter, each layer in its smaller form."""
+        layers = []
+        begun = {name: (rank if rank >= 0 else min(out, inn)) for name, out, inn, rank in self.begun.layers}
+        for name, (out, inn) in sorted(self.spec.layers.items()):
+            rank = grown + begun.get(name, 0)
+            if rank:
+                layers.append((name, out, inn, rank if rank * (out + inn) < out * inn else -1))
+        return Layout(tuple(layers), (), self.spec.method)
 
     @property
     def _heads(self) -> int:
         return sum(head.numel() for head in self.spec.heads.values())
 
-    def _expected(self, rank: int, merges: int) -> tuple[int, int]:
-        return self.strategy.expected_ranks(rank, self.cohort, merges)
-
-    def _factors(self, rank: int) -> int:
-        """Numbers in the factors that travel: ``a`` stays away where it is frozen and shared."""
-        frozen = self.strategy.capabilities.shared_frozen_factor
-        return sum(
-            self.spec.layer_rank(layer, rank) * (out if frozen else out + inn)
-            for layer, (out, inn) in self.spec.layers.items()
+    def _layout(self, rank: int, dense: bool = False) -> Layout:
+        """Return the layout of an adapter of this rank."""
+        layers = tuple(
+            (name, out, inn, -1 if dense else self.spec.layer_rank(name, rank))
+            for name, (out, inn) in sorted(self.spec.layers.items())
         )
+        heads = tuple((name, tuple(head.shape)) for name, head in sorted(self.spec.heads.items()))
+        return Layout(layers, heads, self.spec.method)
 
-    def _bytes(self, numbers: int) -> int:
-        return numbers * NUMBER_BYTES[self.experiment.federation.wire]
+    def _numbers(self, rank: int, part: Part) -> int:
+        return part_numel(self._layout(rank, part == "sparse"), part, self._density(part))
+
+    def _density(self, part: Part) -> float | None:
+        """Return the share of the entries that a sparse part holds, an option of the strategies that send one."""
+        return getattr(self.strategy, "density", None) if part == "sparse" else None

@@ -2,6 +2,7 @@
 
 Answers arrive in any order, but float sums must not depend on it. An answer is kept on disk as soon as it passed the
 screening, and added to the strategy's accumulator when it is its name's turn, so memory does not grow with the cohort.
+Where a robust rule must see all answers at once, that only tells which fit, and they are read again in the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from flwr.app import Message
 
 from common.errors import ClientError
 from common.federation import ClientUpdate, ServerState
-from common.messages import TrainAnswer, TrainOrder
+from common.messages import TrainAnswer
 from common.wire import Parcel, message_bytes, read_message, write_message
 from server.exchange import exchange
 from server.federation import Federation
@@ -22,6 +23,7 @@ from server.orders import Order
 from server.progress import announce
 from server.record import RoundRecord
 from server.screening import screen
+from strategies.merging import merge_gathered
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Collection:
     accumulated: Any = None
     accepted: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
+    judged: Sequence[ClientUpdate] = ()
     _settled: dict[str, bool] = field(default_factory=dict)
     _held: dict[str, ClientUpdate] = field(default_factory=dict)
     _next: int = 0
@@ -105,10 +108,29 @@ class Collection:
         answer, parcel = self.federation.journal.reply(self.record.number, client)
         return self._screened(self.orders[client], answer, {"update": parcel})
 
+    def merge(self) -> ServerState:
+        """Merge what was accepted, and record what is left of each client's weight."""
+        federation = self.federation
+        if not federation.gathers:
+            merged = federation.strategy.finish(self.state, self.accumulated)
+            return federation.optimizer.step(self.state, merged, federation.strategy)
+        self.accumulated = None
+        after, judgement = merge_gathered(
+            federation.strategy,
+            federation.rule,
+            federation.optimizer,
+            self.state,
+            [self.update(name) for name in self.accepted],
+            {name: self.orders[name].start for name in self.accepted},
+            federation.experiment.federation.max_weight_share,
+        )
+        self.judged = judgement.updates
+        for name, share in judgement.trust.items():
+            self.record.measure("trust", share, name)
+        return after
+
     def _screened(self, order: Order, answer: TrainAnswer, parcels: dict[str, Parcel]) -> ClientUpdate:
-        assert isinstance(order.header, TrainOrder)
-        settings = self.federation.experiment.federation
-        return screen(order.header, order.dispatch, answer, parcels, self.state, settings)
+        return screen(order, answer, parcels, self.state, self.federation.experiment.federation)
 
     def _accept(self, order: Order, update: ClientUpdate, answer: TrainAnswer, size: int) -> None:
         name = order.client
@@ -156,6 +178,9 @@ def training_phase(
         name: book.train(record.number, record.attempt, federation.client(name), online.get(name, 0))
         for name in record.cohort
     }
+    for order in orders.values():
+        if order.lost:
+            record.measure("download_discarded_energy", order.lost, order.client)
     collection = Collection(federation, state, record, orders)
     used = {name for name in sorted(set(kept) & set(orders)) if collection.take_kept(orders[name], *kept[name])}
     _send([orders[name] for name in record.cohort if name not in used], collection, online)

@@ -6,19 +6,14 @@ Every key is there with its description and default; those left at their default
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from inspect import isclass
 from typing import Any
 
 from common.experiment import ClientSettings, Experiment, PluginChoice, Section
 from common.experiment_file import Table, preset_names, read_table
-from common.methods import METHODS
-from common.plugins import Family
 from common.tasks import TASKS
 from simulations.terminal.settings_help import Setting, settings_of_model, toml_value
-from strategies import AGGREGATION
-
-FAMILIES: Mapping[str, Family[Any]] = {"task": TASKS, "adapter": METHODS, "strategy": AGGREGATION}
+from strategies.sections import SECTIONS
 
 WIDTH = 100
 FIRST_CHOICE = "quickstart"
@@ -78,7 +73,7 @@ def _table(name: str, values: Table) -> str:
 
 
 def _plugin(section: str, values: Table) -> str:
-    family = FAMILIES[section]
+    family = SECTIONS[section]
     default = Experiment.model_fields[section].get_default(call_default_factory=True)
     name = values.get("name") or default.name
     options = _keys(settings_of_model(family.plugin(name)), values.get("options", {}))

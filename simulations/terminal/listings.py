@@ -30,6 +30,7 @@ from simulations.terminal.tables import (
 if TYPE_CHECKING:
     from simulations.terminal.doctor import Check
     from simulations.terminal.plugin_list import ListedPlugin
+    from strategies.matrix import MatrixRow
 
 
 def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> RenderableType:
@@ -66,6 +67,8 @@ def run_view(summary: Summary) -> RenderableType:
     for key, value in facts.items():
         head.add_row(f"[dim]{key}[/]", value)
     parts: list[RenderableType] = [head, "", rounds_table(summary)]
+    if certified := [row for row in summary["rounds"] if "cosine_to_mean" in row["certificate"]]:
+        parts += ["", _certificates_table(certified)]
     if summary["clients"]:
         parts += ["", _clients_table(summary)]
     if made := last_samples(summary):
@@ -101,12 +104,49 @@ def plugins_view(title: str, plugins: Sequence[ListedPlugin]) -> RenderableType:
     return Group(*parts, "")
 
 
+def matrix_view(rows: Sequence[MatrixRow]) -> RenderableType:
+    """Show which strategy goes with what."""
+    table = numbers_table(
+        "strategy", "exact", "mixed ranks", "numbers up per layer", "secure sum", "feedback", "memory", "robust rules"
+    )
+    for row in rows:
+        marks = ["yes" if value else "–" for value in (row.exact, row.mixed_ranks)]
+        more = ["yes" if v else "–" for v in (row.secure_aggregation, row.error_feedback, row.client_memory)]
+        table.add_row(row.name, *marks, row.uploads, *more, str(len(row.robust)) if row.robust else "–")
+    words = (
+        "[dim]secure sum: may be merged under secure aggregation; feedback: int8 and int4 uploads may carry over what "
+        "they lost; memory: clients keep factors of their own; robust rules: how many of them fit. All of it by name: "
+        "docs/plugins.md[/]"
+    )
+    return Group("[bold]what goes with what[/]", table, words, "")
+
+
 def checks_view(checks: Sequence[Check]) -> RenderableType:
     """Show the doctor's findings."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for check in checks:
         advice = f"\n[dim]{escape(check.advice)}[/]" if check.advice else ""
         table.add_row(status_text(check.status), check.name, escape(check.text) + advice)
+    return table
+
+
+def _certificates_table(rounds: Sequence[Summary]) -> RenderableType:
+    """Show what each merge was: how far from the exact average, of which rank, and who pulled another way."""
+    table = numbers_table(
+        ">round", ">error", ">effective rank", ">lost energy", ">cosine to mean", "least like the mean"
+    )
+    for row in rounds:
+        known = row["certificate"]
+        cosines, ranks = known["cosine_to_mean"], list(known.get("effective_rank", {}).values())
+        least = min(cosines, key=lambda client: (cosines[client], client))
+        table.add_row(
+            str(row["round"]),
+            "exact" if row["exact"] else number(row["error"]),
+            number(sum(ranks) / len(ranks), 1) if ranks else "–",
+            number(known["discarded_energy"]),
+            number(sum(cosines.values()) / len(cosines), 2),
+            f"{escape(least)} ({number(cosines[least], 2)})",
+        )
     return table
 
 

@@ -20,6 +20,11 @@ def shown_status(store: RunStore, run: Run) -> str:
     return run.status
 
 
+OF_CLIENTS = ("cosine_to_mean", "update_norm", "trust", "download_discarded_energy")
+OF_LAYERS = ("effective_rank", "merged_norm")
+"""Numbers a round's certificate has for each client and each layer."""
+
+
 def run_line(store: RunStore, run: Run) -> dict[str, Any]:
     """Describe a run without its rounds."""
     return {
@@ -65,7 +70,7 @@ def run_summary(store: RunStore, name: str) -> dict[str, Any]:
         If there is no such run.
     """
     run = store.get_run(name)
-    metrics = store.metrics(run.id, client="")
+    metrics = store.metrics(run.id)
     return run_line(store, run) | {
         "home": str(store.home),
         "rounds": [_round(row, metrics) for row in ended_rounds(store, run.id)],
@@ -116,7 +121,17 @@ def _round(row: Round, metrics: list[Metric]) -> dict[str, Any]:
         "error": row.error,
         "exact": row.exact,
         "epsilon": row.epsilon,
+        "certificate": _certificate(metrics, row.round),
     }
+
+
+def _certificate(metrics: list[Metric], number: int) -> dict[str, Any]:
+    """Pick what is known of a round's merge beside its error: by layer, by client, and of the whole."""
+    here = [metric for metric in metrics if metric.round == number]
+    by_client = {name: {m.client: m.value for m in here if m.name == name and m.client} for name in OF_CLIENTS}
+    by_layer = {name: {m.layer: m.value for m in here if m.name == name and m.layer} for name in OF_LAYERS}
+    lost = next((m.value for m in here if m.name == "discarded_energy" and not m.client and not m.layer), None)
+    return {"discarded_energy": lost} | {name: found for name, found in (by_client | by_layer).items() if found}
 
 
 def _client(row: ClientRound) -> dict[str, Any]:

@@ -93,11 +93,12 @@ def plan_view(plan: Plan, experiment: Experiment, notices: bool = True) -> Rende
     """Show the plan: clients, ranks and the bytes to expect."""
     from server.plan import rank_summary
 
-    table = numbers_table("client", ">rank", "trains", "evaluates", ">up per round", ">down, last round")
+    table = numbers_table("client", ">rank", "trains", "evaluates", ">steps", ">up per round", ">down, last round")
     for client in plan.clients[:LISTED_CLIENTS]:
         marks = ["yes" if mark else "no" for mark in (client.trains, client.evaluates)]
-        sizes = [size(client.bytes_up), size(client.bytes_down)] if client.trains else ["–", "–"]
-        table.add_row(escape(client.name), str(client.rank), *marks, *sizes)
+        sizes = [size(client.bytes_up), size(client.bytes_down)]
+        costs = [str(client.steps), *sizes] if client.trains else ["–"] * 3
+        table.add_row(escape(client.name), str(client.rank), *marks, *costs)
     training = sum(client.trains for client in plan.clients)
     return Group(
         f"[bold]{escape(experiment.name)}[/]: {escape(experiment.strategy.name)} on {escape(experiment.task.name)}",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.store import RunStore
-from simulations.terminal.listings import checks_view, plugins_view, run_view, runs_view
+from simulations.terminal.listings import checks_view, matrix_view, plugins_view, run_view, runs_view
 from simulations.terminal.summary import list_summary, run_summary
 from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next
 
@@ -121,13 +121,38 @@ def export(run: str, out: Path, form: Format, number: int | None, best: bool, ou
     return 0
 
 
+def merge(
+    places: list[Path],
+    out: Path,
+    strategy: str,
+    options: dict[str, Any],
+    overrides: list[str],
+    weights: list[float],
+    seed: int,
+    output: Output,
+) -> int:
+    """Merge PEFT folders into one."""
+    from common.experiment_file import apply_override
+    from server.merge import merge_folders
+    from simulations.terminal.merging import merge_view
+
+    for override in overrides:
+        apply_override(options, override)
+    made = merge_folders(places, out, strategy, options, weights, seed)
+    output.show({"path": str(out.absolute())} | asdict(made), merge_view(made, places, out))
+    return 0
+
+
 def plugins(output: Output) -> int:
     """List the plug-ins of all families."""
     from simulations.terminal.plugin_list import family_title, listed_plugins
+    from strategies.matrix import capability_matrix
 
     families = listed_plugins()
+    broken = any(plugin.error for plugin in families["aggregation"] + families["robust"])
     output.show(
         {family: [plugin.as_dict() for plugin in found] for family, found in families.items()},
+        *([] if broken else [matrix_view(capability_matrix())]),
         *(plugins_view(family_title(family), found) for family, found in families.items()),
     )
     return 0

@@ -1,0 +1,220 @@
+"""A training round whose updates the server never sees: keys, shares, masked uploads, and their sum without masks.
+
+Each of the four steps asks the clients that finished the one before, and ends with those that answered. If they become
+too few, the round fails before anything is revealed.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from common.errors import ClientError, RejectedUpdate, SumFailed
+from common.federation import ClientUpdate, ServerState
+from common.messages import (
+    KeysAnswer,
+    KeysOrder,
+    Masking,
+    PublicKeys,
+    SecureSession,
+    SharesAnswer,
+    SharesOrder,
+    TrainAnswer,
+    UnmaskAnswer,
+    UnmaskOrder,
+)
+from common.secure.keys import Session
+from common.secure.masks import Words
+from common.secure.upload import masked_words, threshold
+from common.travel import part_numel, untrained_hash
+from common.wire import Parcel, read_message
+from server.federation import Federation
+from server.orders import Order
+from server.progress import announce
+from server.record import RoundRecord
+from server.secure.asking import Asking
+from server.secure.desk import Desk
+from server.secure.recovery import check_sealed, check_shares, lift_masks, mean_update
+from server.training import Collection
+
+Keys = dict[str, PublicKeys]
+Sealed = dict[str, dict[str, str]]
+"""Sealed shares by sender and receiver."""
+
+
+def secure_phase(federation: Federation, state: ServerState, record: RoundRecord, online: dict[str, int]) -> Collection:
+    """Let the cohort train and collect the mean of what it gives as one update; the record says if there is none."""
+    collection = Collection(federation, state, record, {})
+    desk = federation.journal.desk(record.number)
+    try:
+        asking = Asking(federation, record, online, desk, _session(federation, record, desk))
+        update, survivors = SecureSum(federation, state, record, asking).run()
+        collection.accumulated = federation.strategy.add(collection.accumulated, update)
+        collection.accepted = survivors
+    except (SumFailed, ClientError) as error:
+        record.status, record.reason = "failed", str(error)
+        for name in sorted(set(record.cohort) - set(record.clients)):
+            record.clients[name] = {"status": "failed", "reason": record.reason}
+        desk.discard()
+    return collection
+
+
+def _session(federation: Federation, record: RoundRecord, desk: Desk) -> SecureSession:
+    """Go on with the round's session, or begin one."""
+    session = desk.session()
+    if session is None:
+        token = secrets.token_hex(32)
+        session = SecureSession(run=federation.run, round=record.number, attempt=record.attempt, id=token)
+        desk.begin(session)
+    return session
+
+
+@dataclass
+class SecureSum:
+    """The four steps of one secure sum.
+
+    Parameters
+    ----------
+    federation, state, record : Federation, ServerState, RoundRecord
+        As for any round.
+    asking : Asking
+        The way to the clients.
+    """
+
+    federation: Federation
+    state: ServerState
+    record: RoundRecord
+    asking: Asking
+
+    def run(self) -> tuple[ClientUpdate, list[str]]:
+        """Return the mean of the survivors' updates as one update, and who they are.
+
+        Raises
+        ------
+        SumFailed
+            If too few clients finish a step.
+        ClientError
+            If the sum is no update.
+        """
+        keys = self._keys()
+        sealed = self._shares(keys)
+        widest = max(sealed, key=lambda name: (self.federation.client(name).rank, name))
+        wide = self.federation.order_book(self.state).train(
+            self.record.number, self.record.attempt, self.federation.client(widest), 0
+        )
+        survivors = self._uploads(keys, sealed, wide)
+        answers = self._unmask(keys, set(sealed), survivors)
+        total = self._summed(survivors, _words(wide))
+        session = self.asking.session
+        lift_masks(total, Session(session.run, session.round, session.id), answers, keys, self._needed(keys))
+        ranks = [self.federation.client(name).rank for name in survivors]
+        most = self.federation.experiment.federation.max_num_examples
+        return mean_update(total, wide, ranks, self.state, most), survivors
+
+    def _keys(self) -> Keys:
+        """Ask for public keys."""
+
+        def request(name: str) -> Message:
+            return self.asking.query("keys", KeysOrder(**self.asking.head(name)))
+
+        def take(name: str, content: RecordDict) -> None:
+            answer, _ = read_message(content, KeysAnswer)
+            self.asking.check(name, answer)
+            self.asking.desk.keep("keys", name, answer)
+
+        names = self.asking.ask("keys", self.record.cohort, request, take)
+        keys = {name: self.asking.desk.answer("keys", name, KeysAnswer).keys for name in names}
+        self.asking.require(len(keys), self._needed(keys), "sent keys")
+        return keys
+
+    def _shares(self, keys: Keys) -> Sealed:
+        """Have every client share its secrets with all others."""
+
+        def request(name: str) -> Message:
+            return self.asking.query("shares", SharesOrder(**self.asking.head(name), keys=keys))
+
+        def take(name: str, content: RecordDict) -> None:
+            answer, _ = read_message(content, SharesAnswer)
+            self.asking.check(name, answer)
+            check_sealed(answer, keys.keys() - {name})
+            self.asking.desk.keep("shares", name, answer)
+
+        names = self.asking.ask("shares", sorted(keys), request, take)
+        self.asking.require(len(names), self._needed(keys), "shared their secrets")
+        return {name: self.asking.desk.answer("shares", name, SharesAnswer).shares for name in names}
+
+    def _uploads(self, keys: Keys, sealed: Sealed, wide: Order) -> list[str]:
+        """Let clients train and upload what they learned, masked; return who did."""
+        book, layout = self.federation.order_book(self.state), wide.start.layout.to_json()
+        orders: dict[str, Order] = {}
+
+        def request(name: str) -> Message:
+            shares = {sender: each[name] for sender, each in sorted(sealed.items()) if sender != name}
+            masking = Masking(session=self.asking.session, shares=shares, layout=layout)
+            client, node = self.federation.client(name), self.asking.online.get(name, 0)
+            orders[name] = book.train(self.record.number, self.record.attempt, client, node, masking)
+            return orders[name].message
+
+        def take(name: str, content: RecordDict) -> None:
+            answer, parcels = read_message(content, TrainAnswer)
+            self._check_upload(orders[name], answer, parcels, _words(wide))
+            self.asking.desk.keep_upload(name, answer, parcels["update"])
+            self.federation.holdings[name] = answer.holds
+            text = f"{name} trained in {answer.seconds:.1f} s"
+            announce("reply", text, self.record.number, name, seconds=answer.seconds, train_loss=None)
+
+        announce("dispatched", f"{len(sealed)} clients train", self.record.number, clients=sorted(sealed))
+        names = self.asking.ask("uploads", sorted(sealed), request, take)
+        # 0.3 × 10 is a little above 3
+        quorum = math.ceil(self.federation.experiment.federation.min_completion * len(self.record.cohort) - 1e-9)
+        self.asking.require(len(names), max(quorum, self._needed(keys)), "uploaded a masked update")
+        return names
+
+    def _unmask(self, keys: Keys, participants: set[str], survivors: Sequence[str]) -> dict[str, UnmaskAnswer]:
+        """Ask the survivors for what lifts the masks of their sum."""
+
+        def request(name: str) -> Message:
+            return self.asking.query("unmask", UnmaskOrder(**self.asking.head(name), survivors=tuple(survivors)))
+
+        def take(name: str, content: RecordDict) -> None:
+            answer, _ = read_message(content, UnmaskAnswer)
+            self.asking.check(name, answer)
+            check_shares(answer, set(survivors), participants - set(survivors))
+            self.asking.desk.keep("unmask", name, answer)
+
+        names = self.asking.ask("unmask", survivors, request, take)
+        self.asking.require(len(names), self._needed(keys), "helped to lift the masks")
+        return {name: self.asking.desk.answer("unmask", name, UnmaskAnswer) for name in names}
+
+    def _needed(self, keys: Keys) -> int:
+        settings = self.federation.experiment.secure_aggregation
+        return threshold(settings.threshold, settings.min_cohort, len(keys))
+
+    def _check_upload(self, order: Order, answer: TrainAnswer, parcels: dict[str, Parcel], words: int) -> None:
+        """Refuse an upload that is not this client's part in this sum; what is in it nobody can see."""
+        if (answer.client, answer.round, answer.session) != (order.client, order.header.round, self.asking.session.id):
+            raise RejectedUpdate("the masked update is of another client, round or secure session; it is not used")
+        if answer.base_version != self.state.base_version:
+            raise RejectedUpdate(f"it trained on base version {answer.base_version}, not on {self.state.base_version}")
+        if answer.frozen_hash != untrained_hash(order.start, order.dispatch):
+            raise RejectedUpdate("frozen factor differs: the update was not trained on the factor it was given")
+        masked_words(parcels, words)
+
+    def _summed(self, survivors: Sequence[str], words: int) -> Words:
+        """Add the uploads up, one at a time; whole numbers do not mind the order."""
+        total: Words = np.zeros(words, np.uint64)
+        for name in survivors:
+            answer, parcel = self.asking.desk.upload(name)
+            total += masked_words({"update": parcel}, words)
+            self.asking.accept(name, self.federation.client(name).rank, answer.seconds)
+        return total
+
+
+def _words(wide: Order) -> int:
+    """Count the words of an upload: the numbers of the widest client's part, and the weight."""
+    return part_numel(wide.start.layout, wide.dispatch.sends, wide.dispatch.density) + 1
