@@ -8,6 +8,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.node import Node, node_of
+from client.secure.steps import give_keys, give_shares, lift_masks
 from client.work import evaluate_order, present, train_order
 from common.errors import LoRAFleetError
 from common.flower import ErrorCode
@@ -20,6 +21,24 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Say who this node is and what its device carries."""
     return _reply(present, message, context)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Begin a secure sum: give public keys."""
+    return _reply(give_keys, message, context)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Give every other client of a secure sum a share of this one's secrets, sealed."""
+    return _reply(give_shares, message, context)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Give what lifts the masks of a secure sum."""
+    return _reply(lift_masks, message, context)
 
 
 @app.train()

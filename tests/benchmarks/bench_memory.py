@@ -30,20 +30,19 @@ def one(strategy_name: str, clients: int) -> None:
     strategy = aggregation_strategy(strategy_name)
     state = strategy.init(spec)
     dispatch = strategy.dispatch(state, ClientInfo("client", 8))
-    whole = dispatch.frozen_a is None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reply"
         adapter: Adapter = starting_adapter(dispatch, spec)
         reply = adapter.nbytes
         answer = TrainAnswer(client="client", round=1, base_version=0, num_examples=1, seconds=0)
-        path.write_bytes(parcel_bytes(seal(adapter, whole=whole), answer.model_dump_json()))
+        path.write_bytes(parcel_bytes(seal(adapter, part=dispatch.sends, dispatch=dispatch), answer.model_dump_json()))
         del adapter
         idle = resident_memory()
         Path("/proc/self/clear_refs").write_text("5")
         accumulated = strategy.begin(state)
         for number in range(clients):
             parcel, _, _ = read_parcel(path)
-            update = ClientUpdate(f"client-{number}", unseal(parcel, dispatch.frozen_a), 1.0)
+            update = ClientUpdate(f"client-{number}", unseal(parcel, dispatch, adapter), 1.0)
             accumulated = strategy.add(accumulated, update)
             del parcel, update
         strategy.finish(state, accumulated)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -11,6 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -40,6 +45,16 @@ def peak_memory() -> int:
     """Return this process's peak resident memory in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def peak_above(work: Callable[[], T]) -> tuple[T, int]:
+    """Return what ``work`` gives, and by how many bytes resident memory grew meanwhile, at its peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to hide what is needed now
+    before = resident_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+    given = work()
+    return given, max(peak_memory() - before, 0)
 
 
 def resident_memory() -> int:

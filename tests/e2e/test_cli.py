@@ -97,7 +97,19 @@ def test_it_tells_its_version_and_is_a_module_too(tmp_path: Path) -> None:
 def test_every_verb_explains_itself(tmp_path: Path) -> None:
     listed = call(tmp_path, "--help").out.partition("Commands:")[2]
     verbs = re.findall(r"^  (\w+) ", listed, re.MULTILINE)
-    assert verbs == ["new", "plan", "simulate", "resume", "compare", "export", "plugins", "doctor", "runs"]
+    assert verbs == [
+        "new",
+        "plan",
+        "simulate",
+        "resume",
+        "compare",
+        "export",
+        "replay",
+        "merge",
+        "plugins",
+        "doctor",
+        "runs",
+    ]
     assert "..." not in listed
 
 
@@ -185,6 +197,25 @@ def test_a_finished_run_is_extended_and_exported(place: Path, done: Ended) -> No
     exported = call(place, "export", run, "--best", "--format", "peft", "--out", "out", "--json").values
     assert exported == {"path": str(place / "out"), "format": "peft"}
     assert {path.name for path in (place / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_exported_adapters_are_merged(place: Path, done: Ended) -> None:
+    run = done.values["id"]
+    for number in ("1", "2"):
+        assert call(place, "export", run, "--round", number, "--out", f"round-{number}").code == 0
+    two = ["merge", "round-1", "round-2", "--weight", "0.25", "--weight", "0.75"]
+    made = call(place, *two, "--strategy", "svd", "--rank", "2", "--out", "merged", "--json").values
+    assert (made["path"], made["strategy"], made["weights"]) == (str(place / "merged"), "svd", [0.25, 0.75])
+    assert made["options"] == {"rank": 2}
+    assert {row["rank"] for row in made["layers"]} == {2}
+    assert 0 < made["error"] < 1
+    shown = call(place, *two, "--strategy", "lora_lego", "--rank", "40", "--set", "scale=paper", "--out", "lego")
+    assert shown.code == 0
+    assert shown.out.startswith("lora_lego of 0.25 × round-1 + 0.75 × round-2\n")
+    assert [line.split()[:2] for line in shown.out.splitlines() if line.startswith("all layers")] == [["all", "layers"]]
+    assert shown.out.endswith("\nwritten: lego\n")
+    again = call(place, *two, "--out", "lego")
+    assert (again.code, again.err) == (2, "error: lego is not an empty folder; give another --out\n")
 
 
 def test_a_run_that_fails_ends_with_3_and_is_shown(place: Path) -> None:

@@ -147,12 +147,12 @@ def test_a_real_node_has_its_name_from_its_own_configuration(bench: Bench) -> No
 
 
 def test_a_merged_adapter_that_no_longer_fits_fp16_stops_the_run(bench: Bench) -> None:
-    experiment = tiny(Path(bench.home).parent, 'federation.wire="fp16"')
+    experiment = tiny(Path(bench.home).parent, 'federation.wire_down="fp16"')
     state = bench.state
     name, (out, inn) = next(iter(state.spec.layers.items()))
     large = Adapter.pack({name: LowRank(torch.full((out, 1), 1e5), torch.ones(1, inn))})
     book = OrderBook("r", experiment, aggregation_strategy("flora"), ServerState(state.spec, state.start, large))
-    with pytest.raises(RunError, match=r'the merged adapter cannot be sent: .* set federation\.wire = "fp32"'):
+    with pytest.raises(RunError, match=r'the merged adapter cannot be sent: .* federation\.wire_down to "bf16"'):
         book.train(1, 1, ClientInfo("ben", 4), NODE)
 
 

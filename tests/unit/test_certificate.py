@@ -15,7 +15,7 @@ from common.federation import ClientUpdate
 from common.lowrank import Dense, LowRank
 from strategies import aggregation_strategy
 from strategies.certificate import Certificate, certificate, energy_rank, squared_spectrum
-from strategies.updates import by_layer
+from strategies.updates import parts_by_layer
 from tests.reference import cohorts, dense
 
 SPEC = cohorts.model_spec()
@@ -24,7 +24,7 @@ SPEC = cohorts.model_spec()
 def certify(merged: Adapter | None, updates: list[ClientUpdate]) -> Certificate:
     assert merged is not None
     weights = {update.client: update.num_examples for update in updates}
-    return certificate(merged, by_layer(updates).items(), weights)
+    return certificate(merged, parts_by_layer(updates).items(), weights)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 1000))
@@ -111,7 +111,7 @@ def test_one_layer_is_looked_at_a_time() -> None:
     updates = cohorts.cohort(SPEC, [2, 3])
     merged = updates[0].adapter
     weights = {u.client: u.num_examples for u in updates}
-    lazily = certificate(merged, ((name, parts) for name, parts in by_layer(updates).items()), weights)
+    lazily = certificate(merged, ((name, parts) for name, parts in parts_by_layer(updates).items()), weights)
     assert lazily == certify(merged, updates)
 
 

@@ -20,9 +20,10 @@ from common.methods.lora import Lora
 from common.plugins import PLUGINS_VARIABLE
 from common.tasks.causal_lm import CausalLm
 from simulations.terminal import verbs
-from simulations.terminal.experiment_template import FAMILIES, experiment_template
+from simulations.terminal.experiment_template import experiment_template
 from simulations.terminal.settings_help import settings_of_model, toml_value
 from simulations.terminal.tables import Output
+from strategies.sections import SECTIONS
 
 MODELS = {
     "task.options": CausalLm,
@@ -49,8 +50,8 @@ def uncommented(text: str) -> dict[str, Any]:
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
     """Return all settings, the plug-ins' defaults filled in."""
-    choices = {name: getattr(experiment, name) for name in FAMILIES}
-    plugins = {name: FAMILIES[name].create(choice.name, choice.options) for name, choice in choices.items()}
+    choices = {name: getattr(experiment, name) for name in SECTIONS}
+    plugins = {name: SECTIONS[name].create(choice.name, choice.options) for name, choice in choices.items()}
     return experiment.model_dump() | {name: (choices[name].name, plugin) for name, plugin in plugins.items()}
 
 

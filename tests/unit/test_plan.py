@@ -40,11 +40,15 @@ def test_the_layers_are_those_the_hand_numbers_are_for(tmp_path: Path) -> None:
     assert list(model_spec(tiny(tmp_path)).layers.values()) == [(SIDE, SIDE)] * LAYERS
 
 
-@pytest.mark.parametrize(("wire", "size"), [("fp32", 4), ("fp16", 2)])
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
+"""Of one number; all sizes here are whole blocks of 128."""
+
+
+@pytest.mark.parametrize(("wire", "size"), BYTES.items())
 @pytest.mark.parametrize(
     ("strategy", "per_rank"), [("flora", RANK), ("lora_lego", RANK), ("ffa_lora", RANK // 2), ("fedavg", RANK)]
 )
-def test_uploads_by_hand(tmp_path: Path, strategy: str, per_rank: int, wire: str, size: int) -> None:
+def test_uploads_by_hand(tmp_path: Path, strategy: str, per_rank: int, wire: str, size: float) -> None:
     ranks = EQUAL if strategy == "fedavg" else RANKS
     plan = make_plan(tiny(tmp_path, f"strategy.name={strategy}", f"federation.wire={wire}", ranks=ranks))
     assert {client.name: client.bytes_up for client in plan.clients} == {
@@ -69,7 +73,7 @@ def start_and_global(strategy: str, rank: int, merges: int) -> tuple[int, int]:
 def test_downloads_by_hand(tmp_path: Path, strategy: str, wire: str, size: int) -> None:
     """Evaluation after each of rounds 0 to 3 brings start and global adapter, training the start alone."""
     ranks = EQUAL if strategy == "fedavg" else RANKS
-    options = (f"strategy.name={strategy}", f"federation.wire={wire}", "federation.rounds=3")
+    options = (f"strategy.name={strategy}", f"federation.wire_down={wire}", "federation.rounds=3")
     plan = make_plan(tiny(tmp_path, *options, ranks=ranks))
     judged = sum(sum(start_and_global(strategy, 8, done)) for done in range(4))
     trained = sum(start_and_global(strategy, rank, done)[0] for rank in ranks.values() for done in range(3))
@@ -196,7 +200,7 @@ def test_mixed_ranks_are_refused_with_a_way_out(tmp_path: Path) -> None:
         make_plan(tiny(tmp_path, "strategy.name=fedavg"))
     assert str(caught.value) == (
         "strategy fedavg needs equal ranks: ben (4), dot (8) differ from rank 2; give them rank 2 or use "
-        "a strategy for mixed ranks: ffa_lora, flora, lora_lego"
+        "a strategy for mixed ranks: fed_sb, fedavg_svd, ffa_lora, flexlora, flora, florist, hetlora, lora_lego, rolora"
     )
     make_plan(tiny(tmp_path, "strategy.name=fedavg", "clients.ben.trains=false", "clients.dot.trains=false"))
 
@@ -210,7 +214,7 @@ def test_what_a_strategy_refuses_is_refused_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("strategy.name=fedprox",), "no aggregation strategy named 'fedprox'; there is: fedavg"),
+        (("strategy.name=fedprox",), "no aggregation strategy named 'fedprox'; there is: fed_sb, fedavg"),
         (("task.name=vision",), "no task named 'vision'; there is: causal_lm"),
         (("adapter.name=dora",), "no adapter method named 'dora'; there is: lora"),
         (("training.device=tpu",), "training.device 'tpu' is no device; use auto, cpu, cuda or cuda:N"),

@@ -13,6 +13,9 @@ from simulations.terminal import verbs
 from simulations.terminal.plugin_list import listed_plugins
 from simulations.terminal.tables import Output
 from strategies.aggregation.lora_lego import LoraLego
+from strategies.robust import ROBUST
+
+BUILT_IN = {file.stem for file in (Path(__file__).parents[2] / "strategies" / "aggregation").glob("[!_]*.py")}
 
 OWN = """
 from pydantic import Field
@@ -39,10 +42,13 @@ def own_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_built_in_ones_have_capabilities_and_options() -> None:
     found = {family: {item.name: item.as_dict() for item in items} for family, items in listed_plugins().items()}
     assert {family: set(items) for family, items in found.items()} == {
-        "aggregation": {"fedavg", "ffa_lora", "flora", "lora_lego"},
+        "aggregation": BUILT_IN,
+        "robust": set(ROBUST.names()),
+        "optimizers": {"fedadam", "fedavgm", "fedyogi", "none"},
         "methods": {"lora"},
-        "tasks": {"causal_lm"},
+        "tasks": {"causal_lm", "low_rank_regression"},
     }
+    assert {"median", "krum", "none"} < set(ROBUST.names())
     lego = found["aggregation"]["lora_lego"]
     assert lego["source"] == "built-in"
     assert lego["capabilities"] == LoraLego.capabilities.as_dict()
@@ -58,7 +64,7 @@ def test_the_built_in_ones_have_capabilities_and_options() -> None:
 
 def test_broken_files_are_listed_with_their_error(own_plugins: Path) -> None:
     found = {item.name: item for item in listed_plugins()["aggregation"]}
-    assert set(found) == {"cautious", "fedavg", "ffa_lora", "flora", "lora_lego", "torn"}
+    assert set(found) == {"cautious", *BUILT_IN, "torn"}
     assert found["cautious"].source == str(own_plugins / "cautious.py")
     assert found["cautious"].summary == "Half a step towards the mean."
     assert [option.name for option in found["cautious"].options] == ["share"]

@@ -13,9 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from common.experiment import ClientSettings, Experiment, PluginChoice
-from common.methods import METHODS
-from common.tasks import TASKS
-from strategies import AGGREGATION
+from strategies.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -35,7 +33,7 @@ def models() -> Iterator[tuple[str, type[BaseModel]]]:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and not issubclass(kind, PluginChoice):
             yield f"[{name}]", kind
     yield "[clients.NAME]", ClientSettings
-    for section, family in (("task", TASKS), ("adapter", METHODS), ("strategy", AGGREGATION)):
+    for section, family in SECTIONS.items():
         for name in family.names():
             yield f'[{section}.options] with name = "{name}"', family.plugin(name)
 
@@ -113,12 +111,16 @@ def test_a_stale_page_is_found_and_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, page = reference(), tmp_path / "configuration.md"
-    monkeypatch.setattr(script, "TARGET", page)
+    monkeypatch.setattr(script, "SETTINGS", page)
+    monkeypatch.setattr(script, "PLUGINS", tmp_path / "plugins.md")
     monkeypatch.setattr(sys, "argv", ["reference.py", "--check"])
     assert script.main() == 1
     page.write_text(PAGE.replace("Optimizer steps per round.", "Steps."))
     assert script.main() == 1
-    assert "configuration.md is out of date; run: .venv/bin/python docs/reference.py" in capsys.readouterr().err
+    assert (
+        "configuration.md, docs/plugins.md out of date; run: .venv/bin/python docs/reference.py"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(sys, "argv", ["reference.py"])
     assert script.main() == 0
     assert page.read_text() == PAGE

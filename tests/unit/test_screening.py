@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, MessageType, RecordDict
 
 from common.adapter import Adapter, tensor_bytes
 from common.errors import RejectedUpdate
 from common.experiment import FederationSettings
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ModelSpec, ServerState
+from common.flower import identify_task
 from common.lowrank import Dense, LowRank
 from common.messages import TrainAnswer, TrainOrder
 from common.start import fresh_a, starting_adapter
 from common.wire import Parcel, seal
+from server.orders import Order
 from server.screening import screen
 from strategies import AggregationStrategy, aggregation_strategy
+
+identify_task(1)  # a message belongs to a run
 
 SPEC = ModelSpec({"down": (6, 4), "up": (5, 6)}, seed=3, heads={"head.bias": torch.zeros(2)})
 RANK = 3
@@ -61,9 +66,13 @@ class Case:
             trains=self.dispatch.trains,
             frozen_a=self.dispatch.frozen_a,
         )
-        parcels = self.parcels if self.parcels is not None else {"update": seal(self.adapter, whole=not self.frozen)}
-        answer = TrainAnswer.model_validate(self.answer)
-        return screen(order, self.dispatch, answer, parcels, self.state, self.settings)
+        sent = seal(self.dispatch.start, part=self.dispatch.receives, dispatch=self.dispatch)
+        whole = Order("ada", Message(RecordDict(), 1, MessageType.TRAIN), order, self.dispatch, sent, SPEC)
+        parcels = self.parcels if self.parcels is not None else {"update": self.sealed()}
+        return screen(whole, TrainAnswer.model_validate(self.answer), parcels, self.state, self.settings)
+
+    def sealed(self) -> Parcel:
+        return seal(self.adapter, part=self.dispatch.sends, dispatch=self.dispatch)
 
     def refused(self, words: str) -> None:
         with pytest.raises(RejectedUpdate, match=words):
@@ -195,7 +204,7 @@ def test_a_frozen_a_nobody_vouches_for_is_refused(frozen_case: Case) -> None:
 
 def test_a_frozen_a_must_not_travel(frozen_case: Case) -> None:
     frozen_case.parcels = {"update": seal(frozen_case.adapter)}
-    frozen_case.refused("frozen factor differs")
+    frozen_case.refused("sent the part 'ab' of its adapter, expected 'b'")
 
 
 def test_the_hash_of_another_seed_is_refused(frozen_case: Case) -> None:

@@ -115,7 +115,7 @@ def test_every_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def plan(clients: int) -> Plan:
     planned = tuple(
-        PlannedClient(f"client-{number:02d}", 4, number != 1, True, 1_500, 2_500_000) for number in range(clients)
+        PlannedClient(f"client-{number:02d}", 4, number != 1, True, 20, 1_500, 2_500_000) for number in range(clients)
     )
     return Plan(planned, 6, 1, 3, 9_000, 8_000_000, 2_500_000, ("rank [4] is clamped",))
 
@@ -123,8 +123,8 @@ def plan(clients: int) -> Plan:
 def test_a_plan_shows_clients_ranks_and_bytes() -> None:
     lines = drawn(plan_view(plan(4), experiment(4))).splitlines()
     assert lines[0] == "demo: flora on causal_lm"
-    assert lines[2].split() == ["client-00", "4", "yes", "yes", "1.5", "kB", "2.5", "MB"]
-    assert lines[3].split() == ["client-01", "4", "no", "yes", "–", "–"]
+    assert lines[2].split() == ["client-00", "4", "yes", "yes", "20", "1.5", "kB", "2.5", "MB"]
+    assert lines[3].split() == ["client-01", "4", "no", "yes", "–", "–", "–"]
     assert lines[6] == "1 round, 3 of 3 clients in each; ranks 3 × 4; 6 layers adapted"
     assert lines[7] == "about 9.0 kB up and 8.0 MB down in all, at most 2.5 MB in one download"
     assert lines[8] == "note: rank [4] is clamped"

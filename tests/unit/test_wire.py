@@ -14,9 +14,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.adapter import Adapter, Layout
 from common.errors import ClientError
+from common.federation import Dispatch
 from common.lowrank import Dense, LowRank
 from common.messages import MAX_HEADER, EvaluateAnswer, Presence, Query, TrainAnswer, read_header
+from common.quantize import BLOCK, LIMITS, encoded_size
 from common.start import fresh_a
+from common.travel import take
 from common.wire import (
     ARRAYS,
     BODY,
@@ -28,7 +31,10 @@ from common.wire import (
     parcel_of,
     read_message,
     seal,
+    seal_numbers,
     unseal,
+    unseal_numbers,
+    wire_bytes,
     write_message,
 )
 
@@ -71,22 +77,66 @@ def test_fp32_keeps_every_bit() -> None:
     assert got.sha256() == sent.sha256()
 
 
-def test_fp16_is_the_nearest_half() -> None:
+@pytest.mark.parametrize(("wire", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_half_a_float_is_the_nearest_one(wire: Any, dtype: torch.dtype) -> None:
     sent = adapter()
-    parcel = carried(seal(sent, "fp16"))
+    parcel = carried(seal(sent, wire))
     assert parcel.nbytes == 2 * sent.layout.numel
     got = unseal(parcel)
     assert got.flat.dtype == torch.float32
-    assert torch.equal(got.flat, sent.flat.half().float())
+    assert torch.equal(got.flat, sent.flat.to(dtype).float())
 
 
-@pytest.mark.parametrize("wire", ["fp32", "fp16"])
+def shared(frozen_a: int | None = 7) -> Dispatch:
+    return Dispatch(Adapter.empty(), 3, 0, "b", frozen_a)
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
 def test_a_frozen_a_stays_away_and_is_drawn_again(wire: Any) -> None:
     sent = frozen(seed=7)
-    parcel = carried(seal(sent, wire, whole=False))
+    parcel = carried(seal(sent, wire, "b"))
     assert parcel.nbytes == sent.layout.head_numel * (4 if wire == "fp32" else 2)
-    assert torch.equal(unseal(parcel, 7).flat, sent.flat)
-    assert not torch.equal(unseal(parcel, 8).flat, sent.flat)
+    assert torch.equal(unseal(parcel, shared(7)).flat, sent.flat)
+    assert not torch.equal(unseal(parcel, shared(8)).flat, sent.flat)
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4"])
+def test_whole_numbers_carry_the_change_from_the_start(wire: Any) -> None:
+    start, trained = adapter(0), adapter(1)
+    change = trained.flat - start.flat
+    parcel = carried(seal_numbers(change, trained.layout, wire))
+    assert parcel.nbytes == encoded_size(trained.layout.numel, wire)
+    got = unseal(parcel, start=start)
+    assert got.layout == trained.layout
+    assert torch.equal(got.flat, unseal_numbers(parcel) + start.flat)
+    assert float((got.flat - trained.flat).abs().max()) <= float(change.abs().max()) / LIMITS[wire]
+    assert torch.equal(start.flat, adapter(0).flat)
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4"])
+def test_a_change_of_b_alone_leaves_the_frozen_a_alone(wire: Any) -> None:
+    start = frozen(seed=7)
+    trained = start.with_flat(torch.cat([start.flat[: start.layout.head_numel] + 1, start.inner_factors]))
+    change = take(trained, "b") - take(start, "b")
+    parcel = carried(seal_numbers(change, start.layout, wire, "b"))
+    got = unseal(parcel, shared(), start)
+    assert torch.equal(got.inner_factors, start.inner_factors)
+    # Ones in one block: a code of 127 or 7 times a scale that was rounded up.
+    assert torch.allclose(got.flat, trained.flat, atol=2**-7)
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4"])
+def test_a_change_from_an_unknown_start_is_refused(wire: Any) -> None:
+    parcel = seal_numbers(adapter().flat, adapter().layout, wire)
+    for start in (None, Adapter.empty(), frozen(7)):
+        with pytest.raises(ClientError, match=f"its change in {wire}, and nothing here tells from what"):
+            unseal(parcel, start=start)
+
+
+def test_the_bytes_of_every_format() -> None:
+    count = 3 * BLOCK + 1
+    sizes = {wire: wire_bytes(count, wire) for wire in ("fp32", "fp16", "bf16", "int8", "int4")}  # type: ignore[arg-type]
+    assert sizes == {"fp32": 1540, "fp16": 770, "bf16": 770, "int8": 385 + 8, "int4": 193 + 8}
 
 
 def test_an_empty_adapter_travels() -> None:
@@ -96,7 +146,7 @@ def test_an_empty_adapter_travels() -> None:
 
 def test_what_does_not_fit_fp16_is_refused_before_it_is_sent() -> None:
     too_large = Adapter.pack({"x": LowRank(torch.full((2, 1), 70_000.0), torch.ones(1, 2))})
-    with pytest.raises(ClientError, match=r'federation\.wire = "fp32"'):
+    with pytest.raises(ClientError, match=r'federation\.wire .* federation\.wire_down to "bf16"'):
         seal(too_large, "fp16")
     assert seal(too_large).nbytes == 16
 
@@ -159,7 +209,16 @@ def test_a_layout_that_does_not_fit_the_blob_costs_no_memory(layout: str) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{"wire": "fp64"}, {"wire": None}, {"wire": []}, {"wire": {}}, {"whole": 1}, {"whole": "yes"}, {"sha256": 5}],
+    [
+        {"wire": "fp64"},
+        {"wire": None},
+        {"wire": []},
+        {"wire": {}},
+        {"part": 1},
+        {"part": "c"},
+        {"part": []},
+        {"sha256": 5},
+    ],
     ids=str,
 )
 def test_an_unknown_format_is_refused(changes: dict[str, Any]) -> None:
@@ -167,7 +226,17 @@ def test_an_unknown_format_is_refused(changes: dict[str, Any]) -> None:
         spoilt(seal(adapter()), **changes)
 
 
-@pytest.mark.parametrize("key", ["layout", "wire", "whole", "sha256"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"density": 0.5}, {"part": "sparse"}, *({"part": "sparse", "density": d} for d in (0.0, -1.0, 1.5, 1, "0.5", []))],
+    ids=str,
+)
+def test_an_unknown_mask_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ClientError, match="unknown mask"):
+        spoilt(seal(adapter()), **changes)
+
+
+@pytest.mark.parametrize("key", ["layout", "wire", "part", "density", "sha256"])
 def test_a_manifest_without_a_part_is_refused(key: str) -> None:
     parcel = seal(adapter())
     described = json.loads(parcel.manifest)
@@ -209,14 +278,16 @@ def test_a_blob_of_another_size_is_refused(change: Callable[[bytes], bytes]) -> 
         unseal(replace(parcel, data=change(parcel.data)))
 
 
-def test_fp32_bytes_called_fp16_are_refused() -> None:
+@pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "int4"])
+def test_fp32_bytes_called_otherwise_are_refused(wire: str) -> None:
     with pytest.raises(ClientError, match="its layout needs"):
-        unseal(spoilt(seal(adapter()), wire="fp16"))
+        unseal(spoilt(seal(adapter()), wire=wire))
 
 
-def test_a_missing_a_that_nobody_froze_is_refused() -> None:
-    with pytest.raises(ClientError, match="none are frozen"):
-        unseal(seal(frozen(3), whole=False))
+@pytest.mark.parametrize("dispatch", [None, shared(None)], ids=["no dispatch", "nothing frozen"])
+def test_a_missing_a_that_nobody_froze_is_refused(dispatch: Dispatch | None) -> None:
+    with pytest.raises(ClientError, match="came as b alone, and nothing here tells the rest"):
+        unseal(seal(frozen(3), part="b"), dispatch)
 
 
 def content(config: dict[str, Any], arrays: dict[str, Array]) -> RecordDict:
