@@ -97,7 +97,9 @@ Form = Annotated[ExportFormat, typer.Option("--format", help="What to write.")]
 ExportRound = Annotated[int | None, typer.Option("--round", min=0, help="Round to export. [default: the last]")]
 Best = Annotated[bool, typer.Option("--best", help="Export the round of the lowest loss.")]
 Adapters = Annotated[list[Path], typer.Argument(hidden=True)]
-MergeBy = Annotated[str, typer.Option("--strategy", metavar="NAME", help="stack, svd, average, lora_lego, ties or dare.")]
+MergeBy = Annotated[
+    str, typer.Option("--strategy", metavar="NAME", help="stack, svd, average, lora_lego, ties or dare.")
+]
 Weights = Annotated[
     list[float] | None,
     typer.Option("--weight", metavar="W", help="Weight of each adapter, in turn. [default: 1/number each]"),

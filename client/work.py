@@ -100,7 +100,7 @@ def _train(
     seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
     _use(place, node, order.global_hash, parcels)
     place.adapted.load(start, seed, dispatch)
-    metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains)
+    metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains, order.tail)
     trained = place.adapted.read()
     if is_attacker(node):
         trained = lied(start, trained, node.experiment.simulation.attack_scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from common.experiment import Experiment
 from common.peft_folder import write_peft_folder
 from common.store import Round, Run, RunStore, verify
 from common.workspace import model_spec, task_of
+from server.folders import whole_or_nothing
 
 Format = Literal["peft", "merged", "lorafleet"]
 
@@ -63,21 +63,11 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; give another --out")
     try:
-        return _whole_or_nothing(adapter, experiment, out, form)
+        with whole_or_nothing(out) as unfinished:
+            written = _write(adapter, experiment, unfinished, form)
+        return out / written.relative_to(unfinished)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _whole_or_nothing(adapter: Adapter, experiment: Experiment, out: Path, form: Format) -> Path:
-    """Write beside the folder and move it into place, so that a full disk leaves nothing half done."""
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        written = _write(adapter, experiment, unfinished, form)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return out / written.relative_to(unfinished)
 
 
 def _round(run: Run, rounds: list[Round], number: int | None, best: bool) -> Round:

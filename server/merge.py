@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from common.errors import ConfigurationError, StoreError, UserError
 from common.lowrank import LowRank
 from common.peft_folder import write_peft_folder
 from common.seeds import derive_seed
+from server.folders import whole_or_nothing
 from server.merge_sources import Source, differences, read_source, unequal_ranks
 from strategies.certificate import certificate
 from strategies.oneshot import ONESHOT, OneShotMerge
@@ -154,15 +153,9 @@ def _compared(
 
 
 def _write(merged: Adapter, source: Source, out: Path) -> None:
-    """Write beside the folder and move it into place, so that a full disk leaves nothing half done."""
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     base: tuple[Any, Any] = (source.config.get("base_model_name_or_path"), source.config.get("revision"))
-    try:
+    with whole_or_nothing(out) as unfinished:
         write_peft_folder(merged, unfinished, _skeleton(source), base, source.config.get("task_type"))
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _skeleton(source: Source) -> nn.Module:

@@ -17,9 +17,11 @@ from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.initial import initial_state
 from server.ranks import client_rank
+from server.secure.refusals import secure_refusals
 from server.traffic import Traffic
 from strategies import AggregationStrategy, aggregation_strategy
 from strategies.merging import robust_refusals
+from strategies.optimizers import OPTIMIZERS
 from strategies.robust import ROBUST
 from strategies.sections import SECTIONS
 
@@ -80,6 +82,8 @@ def make_plan(experiment: Experiment) -> Plan:
     task = _attempt(problems, lambda: task_of(experiment))
     method = _attempt(problems, lambda: method_of(experiment))
     rule = _attempt(problems, lambda: ROBUST.create(experiment.robust.name, experiment.robust.options))
+    optimizer = experiment.server_optimizer
+    _attempt(problems, lambda: OPTIMIZERS.create(optimizer.name, optimizer.options))
     _attempt(problems, lambda: choose_device(experiment.training.device))
     if experiment.training.base_precision == "4bit":
         _attempt(problems, four_bit)
@@ -91,7 +95,11 @@ def make_plan(experiment: Experiment) -> Plan:
     training = {name: rank for name, rank in ranks.items() if clients[name].trains}
     cohort = _cohort(experiment, len(training))
     share = experiment.federation.max_weight_share
-    if refusals := [*strategy.refusals(training), *robust_refusals(rule, strategy, training, cohort, share)]:
+    if refusals := [
+        *strategy.refusals(training),
+        *robust_refusals(rule, strategy, training, cohort, share),
+        *secure_refusals(experiment, strategy, cohort),
+    ]:
         raise ConfigurationError(refusals)
     begun = initial_state(experiment, strategy, spec).global_adapter.layout
     notices = task.check_data(clients_key(clients), experiment.seed)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from common.adapter import Layout
 from common.experiment import Experiment
 from common.federation import ModelSpec, Part
+from common.secure.upload import masked_bytes
 from common.travel import part_numel
 from common.wire import wire_bytes
 from server.bounds import download_bound, numbers_at, rank_limit
 from server.cohort import is_evaluated
 from strategies import AggregationStrategy
+from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,9 @@ class Traffic:
     begun: Layout
 
     def upload(self, rank: int, number: int) -> int:
-        """Bytes of one update trained in round ``number``."""
+        """Bytes of one update trained in round ``number``; masked, it is as wide as the widest of the cohort."""
+        if self.experiment.secure_aggregation.enabled:
+            return masked_bytes(self._numbers(max(rank, *self.cohort), self.strategy.travels(number).up))
         return wire_bytes(self._numbers(rank, self.strategy.travels(number).up), self.experiment.federation.wire)
 
     def training(self, client: str, rank: int, number: int, evaluates: bool) -> int:
@@ -66,7 +71,7 @@ class Traffic:
         """
         strategy, wire = self.strategy, self.experiment.federation.wire_down
         part = strategy.travels(merges + 1).down
-        held, grown = strategy.expected_ranks(rank, self.cohort, merges)
+        held, grown = self._optimizer.expected_ranks(strategy, rank, self.cohort, merges)
         start, merged = self._layout(held, dense=part == "sparse"), self._merged(grown)
         free = part == "ab" and not strategy.capabilities.same_coordinates
         limit = rank_limit(merged, start, download_bound(self.experiment, client), wire, free)
@@ -89,6 +94,11 @@ class Traffic:
             if rank:
                 layers.append((name, out, inn, rank if rank * (out + inn) < out * inn else -1))
         return Layout(tuple(layers), (), self.spec.method)
+
+    @cached_property
+    def _optimizer(self) -> ServerOptimizer:
+        choice = self.experiment.server_optimizer
+        return OPTIMIZERS.create(choice.name, choice.options)
 
     @property
     def _heads(self) -> int:

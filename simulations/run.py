@@ -128,6 +128,11 @@ def resume(
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
             begun = _checked(run, with_fixed_places(experiment, place) if experiment else None, any_code)
+            if from_round is not None and begun.secure_aggregation.enabled:
+                raise UserError(
+                    f"run {run.id} summed its updates under masks; clients do not let a round be summed twice, so it "
+                    "cannot go back: start a new run"
+                )
             if from_round is not None:
                 run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from common.adapter import Adapter, Layout
+from common.adapter import Adapter
 from common.errors import RejectedUpdate
-from common.federation import ClientUpdate, Dispatch, ServerState
-from common.lowrank import LowRank, Update
-from common.start import starting_adapter
+from common.federation import ClientUpdate, ServerState
+from common.lowrank import Dense, LowRank, Update
+from common.start import fresh_a
 from strategies.mean import WeightedSum
 from strategies.updates import low_rank_layers
 
@@ -39,7 +40,7 @@ class AlternatingSum:
     seed: int
     learns: Factor
     total: WeightedSum = field(default_factory=WeightedSum)
-    _given: dict[Layout, Adapter] = field(default_factory=dict)
+    _drawn: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total.nested = self.learns == "b"
@@ -52,57 +53,58 @@ class AlternatingSum:
         RejectedUpdate
             If that factor differs, or the update's layers do not fit; the sum is then unchanged.
         """
-        given = self._start(update)
-        for name, part in low_rank_layers(update).items():
-            known = given.layers[name]
-            assert isinstance(known, LowRank)
-            frozen, expected = (part.a, known.a) if self.learns == "b" else (part.b, known.b)
-            if not torch.equal(frozen, expected.to(frozen.dtype)):
-                raise RejectedUpdate(
-                    f"client {update.client}, layer {name}: frozen factor differs from the one it was given; "
-                    f"only {self.learns} may be trained in this round"
-                )
-        self.total.add(update if self.learns == "b" else self._padded(update))
+        parts = low_rank_layers(update)
+        if unknown := sorted(set(parts) - set(self.state.spec.layers)):
+            raise RejectedUpdate(f"client {update.client} sent an unknown layer {unknown[0]!r}")
+        if differing := [name for name, part in parts.items() if not self._holds_given(name, part)]:
+            raise RejectedUpdate(
+                f"client {update.client}, layer {differing[0]}: frozen factor differs from the one it was given; "
+                f"only {self.learns} may be trained in this round"
+            )
+        self.total.add(update if self.learns == "b" else self._rows(update))
         return self
 
     def mean(self) -> Adapter:
         """Divide by the total weight, and put the factor that did not learn beside it."""
         if self.learns == "b":
-            layout = self.total.layout or Layout()
-            return self.total.mean(self._whole(layout).inner_factors)
+            layers = self.total.layout.layers if self.total.layout else ()
+            frozen = [self._given_a(name, rank, inn).reshape(-1) for name, _, inn, rank in layers]
+            return self.total.mean(torch.cat(frozen) if frozen else torch.empty(0))
         mean = self.total.mean()
-        layers: dict[str, Update] = {}
+        learned: dict[str, Update] = {}
         for name, part in self.state.start.layers.items():
-            learned = mean.layers[name]
+            rows = mean.layers[name].dense()
             assert isinstance(part, LowRank)
-            assert isinstance(learned, LowRank)
-            layers[name] = LowRank(part.b.to(learned.a.dtype), learned.a)
-        return Adapter.pack(layers, mean.extras, mean.method)
+            learned[name] = LowRank(part.b.to(rows.dtype), rows)
+        return Adapter.pack(learned, mean.extras, mean.method)
 
-    def _padded(self, update: ClientUpdate) -> ClientUpdate:
-        """Bring the rows of ``a`` to the state's rank; slots beyond it have ``b`` = 0 and add nothing."""
-        layers: dict[str, Update] = {}
+    def _holds_given(self, name: str, part: LowRank) -> bool:
+        """Tell whether the factor that was not to learn is the one given."""
+        if self.learns == "b":
+            return torch.equal(part.a, self._given_a(name, *part.a.shape).to(part.a.dtype))
+        held = self.state.start.layers[name]
+        assert isinstance(held, LowRank)
+        given = held.b[:, : part.rank].float().to(part.b.dtype)
+        return torch.equal(part.b[:, : held.rank], given) and not part.b[:, held.rank :].any()
+
+    def _given_a(self, name: str, rank: int, in_features: int) -> Tensor:
+        """Return the first rows of a layer's ``a`` as clients begin with them; those of the state are not copied."""
+        held = self.state.start.layers.get(name)
+        known = held.a if isinstance(held, LowRank) else torch.empty(0, in_features)
+        if rank > len(known) and rank > len(self._drawn.get(name, ())):
+            drawn = fresh_a(self.seed, name, rank, in_features)
+            drawn[: len(known)] = known
+            self._drawn[name] = drawn
+        return (known if rank <= len(known) else self._drawn[name])[:rank].float()
+
+    def _rows(self, update: ClientUpdate) -> ClientUpdate:
+        """Return the rows of ``a`` at the state's rank, alone; slots beyond it have ``b`` = 0 and add nothing."""
+        rows: dict[str, Update] = {}
         for name, part in low_rank_layers(update).items():
             held = self.state.start.layers[name]
             assert isinstance(held, LowRank)
-            rows = part.a.new_zeros(held.rank, part.a.shape[1])
-            count = min(held.rank, part.rank)
-            rows[:count] = part.a[:count]
-            layers[name] = LowRank(part.b.new_zeros(part.b.shape[0], held.rank), rows)
-        adapter = Adapter.pack(layers, update.adapter.extras, update.adapter.method)
+            missing = held.rank - part.rank
+            kept = part.a[: held.rank]
+            rows[name] = Dense(torch.nn.functional.pad(kept, (0, 0, 0, missing)) if missing > 0 else kept)
+        adapter = Adapter.pack(rows, update.adapter.extras, update.adapter.method)
         return ClientUpdate(update.client, adapter, update.num_examples)
-
-    def _start(self, update: ClientUpdate) -> Adapter:
-        layout = update.adapter.layout
-        if layout not in self._given:
-            if unknown := sorted(set(update.adapter.layers) - set(self.state.spec.layers)):
-                raise RejectedUpdate(f"client {update.client} sent an unknown layer {unknown[0]!r}")
-            self._given[layout] = self._whole(layout)
-        return self._given[layout]
-
-    def _whole(self, layout: Layout) -> Adapter:
-        """Return what a client with this layout started from."""
-        rank = max((rank for *_, rank in layout.layers), default=1)
-        whole = starting_adapter(Dispatch(self.state.start, max(rank, 1), self.seed), self.state.spec)
-        layers = {name: whole.layers[name] for name, *_ in layout.layers}
-        return Adapter.pack(layers, whole.extras, whole.method)

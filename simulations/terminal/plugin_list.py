@@ -12,6 +12,7 @@ from common.plugins import Family
 from common.tasks import TASKS
 from simulations.terminal.settings_help import Setting, settings_of_model
 from strategies import AGGREGATION
+from strategies.oneshot import ONESHOT
 from strategies.optimizers import OPTIMIZERS
 from strategies.robust import ROBUST
 
@@ -61,13 +62,14 @@ _FAMILIES: tuple[tuple[Family[Any], str, Callable[[Any], dict[str, Any]]], ...] 
     (AGGREGATION, "aggregation strategies", lambda strategy: strategy.capabilities.as_dict()),
     (ROBUST, "robust rules", lambda rule: {"equal_ranks": rule.needs_linear}),
     (OPTIMIZERS, "server optimizers", lambda _: {}),
+    (ONESHOT, "one-shot merges", lambda _: {}),
     (METHODS, "adapter methods", lambda method: {"exact": method.exact}),
     (TASKS, "tasks", lambda _: {}),
 )
 
 
 def listed_plugins() -> dict[str, list[ListedPlugin]]:
-    """List the plug-ins by family: ``aggregation``, ``robust``, ``optimizers``, ``methods``, ``tasks``.
+    """List the plug-ins by family: ``aggregation``, ``robust``, ``optimizers``, ``oneshot``, ``methods``, ``tasks``.
 
     Raises
     ------

@@ -34,7 +34,8 @@ def measured(strategy: AggregationStrategy, given: Round) -> list[str]:
     apart = "–"
     if after.merged is not None:
         weights = {reply.client: reply.num_examples for reply in given.replies}
-        apart = f"{certificate(after.merged, parts_by_layer(given.replies).items(), weights).error:.1e}"
+        error = certificate(after.merged, parts_by_layer(given.replies).items(), weights).error
+        apart = f"{error:.1e}" if error else "below 3e-8"
     return [given.upload, f"{taken:.2f} s", f"{peak / 1e6:,.0f} MB", f"{in_all / 1e6:,.0f} MB", apart]
 
 
@@ -76,10 +77,9 @@ def main() -> None:
         f"{len(LAYERS)} matrices of {SIZE} × {SIZE}, ten clients: ranks {', '.join(map(str, MIXED))}, or rank "
         f"{EQUAL[0]} for all where a strategy needs equal ones; LoRA-LEGO makes 16 clusters. Processor time of one "
         "merge on one thread, replies checked, added and finished; peak memory above the replies, which are drawn and "
-        "held in memory, and of the whole process; error relative to the exact average, from the factors (differences "
-        "below 3e-8 read as 0). Replies are independent random changes, the worst case for lossy merges.",
+        "held in memory, and of the whole process; error relative to the exact average, from the factors. Replies are independent random changes, the worst case for lossy merges. SLoRA's second stage merges as FedAvg does.",
         ["strategy", "upload", "seconds", "memory above the replies", "memory of the process", "error"],
-        [[name, *merge] for name, merges in done["strategies"].items() for merge in merges],
+        [[name, *merge] for name, merges in sorted(done["strategies"].items()) for merge in merges],
     )
     DONE.unlink()
 

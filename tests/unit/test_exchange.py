@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from common.adapter import Adapter
-from common.federation import Dispatch
 from common.flower import ErrorCode, WaitingGrid, identify_task
-from common.messages import TrainOrder
 from server.exchange import exchange, readable
-from server.orders import Order
 
 
 class Post(WaitingGrid):
@@ -57,22 +54,29 @@ class Post(WaitingGrid):
         return []
 
 
-def order(name: str) -> Order:
-    header = TrainOrder.model_construct(client=name)
-    return Order(name, Message(RecordDict(), 1, "train", ttl=1, group_id=name), header, Dispatch(Adapter.empty(), 1, 0))
+@dataclass(frozen=True)
+class Letter:
+    """Anything addressed to a client."""
+
+    client: str
+    message: Message
+
+
+def letter(name: str) -> Letter:
+    return Letter(name, Message(RecordDict(), 1, "train", ttl=1, group_id=name))
 
 
 def exchanged(grid: Post, names: str, deadline: float = 0.05, meanwhile: Any = None) -> dict[str, tuple[str, str]]:
     """Exchange one order per letter; return how each ended."""
     ends: dict[str, tuple[str, str]] = {}
 
-    def answered(done: Order, reply: Message) -> None:
+    def answered(done: Letter, reply: Message) -> None:
         ends[done.client] = ("answered", "")
 
-    def failed(lost: Order, status: str, reason: str) -> None:
+    def failed(lost: Letter, status: str, reason: str) -> None:
         ends[lost.client] = (status, reason)
 
-    exchange(grid, [order(name) for name in names], deadline, answered, failed, meanwhile)
+    exchange(grid, [letter(name) for name in names], deadline, answered, failed, meanwhile)
     return ends
 
 

@@ -45,6 +45,7 @@ def test_the_built_in_ones_have_capabilities_and_options() -> None:
         "aggregation": BUILT_IN,
         "robust": set(ROBUST.names()),
         "optimizers": {"fedadam", "fedavgm", "fedyogi", "none"},
+        "oneshot": {"average", "dare", "lora_lego", "stack", "svd", "ties"},
         "methods": {"lora"},
         "tasks": {"causal_lm", "low_rank_regression"},
     }
