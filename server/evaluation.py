@@ -12,8 +12,9 @@ from flwr.app import Message
 from common.errors import ClientError
 from common.federation import ServerState
 from common.messages import EvaluateAnswer
+from common.tasks import Task
 from common.wire import message_bytes, read_message, seal, unseal
-from common.workspace import cpu_threads, workspace
+from common.workspace import cpu_threads, task_of, workspace
 from server.cohort import evaluation_cohort
 from server.exchange import exchange
 from server.federation import Federation
@@ -34,7 +35,9 @@ def evaluation_phase(
     book = federation.order_book(state)
     orders = [book.evaluate(record.number, name, online[name]) for name in names]
     record.bytes_down += sum(message_bytes(order.message.content) for order in orders)
-    judged = Judgements(record, federation.experiment.federation.max_num_examples, federation.holdings)
+    judged = Judgements(
+        record, task_of(federation.experiment), federation.experiment.federation.max_num_examples, federation.holdings
+    )
 
     def work_here() -> None:
         meanwhile()
@@ -52,6 +55,7 @@ class Judgements:
     """The clients' evaluations of one round as they come in."""
 
     record: RoundRecord
+    task: Task
     max_num_examples: int
     holdings: dict[str, tuple[str, ...]]
     answers: dict[str, EvaluateAnswer] = field(default_factory=dict)
@@ -88,8 +92,11 @@ class Judgements:
         if not answers:
             return
         total = sum(answer.num_examples for answer in answers)
-        for key in sorted(set.intersection(*(set(answer.metrics) for answer in answers))):
-            mean = sum(answer.metrics[key] * answer.num_examples for answer in answers) / total
+        means = {
+            key: sum(answer.metrics[key] * answer.num_examples for answer in answers) / total
+            for key in sorted(set.intersection(*(set(answer.metrics) for answer in answers)))
+        }
+        for key, mean in (means | self.task.summary(means)).items():
             self.record.measure(f"held_out_{key}", mean)
         losses = [answer.metrics["loss"] for answer in answers]
         self.record.measure("worst_client_loss", max(losses))

@@ -24,7 +24,7 @@ class AlternatingSum:
     """Running sum of the factor that learns in this round.
 
     Ranks may differ: a client of rank ``r`` holds the first ``r`` slots of the shared factor, and the rest of what it
-    learns counts as zero.
+    learns counts as zero. Slots that only absent clients hold stay, their ``b`` (or ``a``) at zero for now.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ class AlternatingSum:
             If that factor differs, or the update's layers do not fit; the sum is then unchanged.
         """
         parts = low_rank_layers(update)
-        if unknown := sorted(set(parts) - set(self.state.spec.layers)):
+        known = self.state.spec.layers if self.learns == "b" else self.state.start.layers
+        if unknown := sorted(set(parts) - set(known)):
             raise RejectedUpdate(f"client {update.client} sent an unknown layer {unknown[0]!r}")
         if differing := [name for name, part in parts.items() if not self._holds_given(name, part)]:
             raise RejectedUpdate(
@@ -71,12 +72,12 @@ class AlternatingSum:
             frozen = [self._given_a(name, rank, inn).reshape(-1) for name, _, inn, rank in layers]
             return self.total.mean(torch.cat(frozen) if frozen else torch.empty(0))
         mean = self.total.mean()
-        learned: dict[str, Update] = {}
-        for name, part in self.state.start.layers.items():
-            rows = mean.layers[name].dense()
-            assert isinstance(part, LowRank)
-            learned[name] = LowRank(part.b.to(rows.dtype), rows)
-        return Adapter.pack(learned, mean.extras, mean.method)
+        layers: dict[str, Update] = {}
+        for name, learned in mean.layers.items():
+            held, rows = self.state.start.layers[name], learned.dense()
+            assert isinstance(held, LowRank)
+            layers[name] = LowRank(held.b.to(rows.dtype), rows)
+        return Adapter.pack({**self.state.start.layers, **layers}, mean.extras, mean.method)
 
     def _holds_given(self, name: str, part: LowRank) -> bool:
         """Tell whether the factor that was not to learn is the one given."""

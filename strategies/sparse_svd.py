@@ -8,14 +8,17 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from common.lowrank import Dense, LowRank
+from common.lowrank import LowRank, Svd, kept_rank, resolution
 
 DENSE_BELOW = 256
-"""Matrices whose smaller side is at most this are decomposed whole; ARPACK wins above."""
+"""Matrices with no more rows or columns than this that are not all zero are decomposed whole; ARPACK wins above."""
 
 
 def leading_part(matrix: Tensor, rank: int, seed: int) -> LowRank:
     """Return the nearest update of a rank to a matrix most of which is zero, singular values split over both factors.
+
+    Rows and columns of zeros are left out first: what is left of a very sparse matrix is small. It also keeps ARPACK,
+    which goes on with random numbers of its own where a matrix has fewer directions than it is asked for, from that.
 
     Parameters
     ----------
@@ -26,13 +29,22 @@ def leading_part(matrix: Tensor, rank: int, seed: int) -> LowRank:
     seed : int
         Of ARPACK's first vector, so that the bits repeat.
     """
+    rows, columns = matrix.any(dim=1), matrix.any(dim=0)
+    u, s, vh = _leading(matrix[rows][:, columns].double(), rank, seed)
+    keep = kept_rank(s, rank, None, resolution(matrix.dtype, (matrix.shape[0], matrix.shape[1])))
+    root = s[:keep].sqrt()
+    b, a = matrix.new_zeros(matrix.shape[0], keep), matrix.new_zeros(keep, matrix.shape[1])
+    b[rows] = (u[:, :keep] * root).to(matrix.dtype)
+    a[:, columns] = (root[:, None] * vh[:keep]).to(matrix.dtype)
+    return LowRank(b, a)
+
+
+def _leading(matrix: Tensor, rank: int, seed: int) -> Svd:
+    """Decompose a float64 matrix; at least the leading ``rank`` singular values, falling."""
     least = min(matrix.shape)
-    if least <= DENSE_BELOW or rank >= least // 2 or not matrix.any():
-        whole = Dense(matrix).low_rank()
-        return LowRank(whole.b[:, :rank], whole.a[:rank])
+    if least <= DENSE_BELOW or rank >= least // 2:
+        return Svd(*torch.linalg.svd(matrix, full_matrices=False))
     first = np.random.default_rng(seed).standard_normal(least)
-    u, s, vh = svds(csr_matrix(matrix.double().numpy()), k=rank, v0=first, solver="arpack")
+    u, s, vh = svds(csr_matrix(matrix.numpy()), k=rank, v0=first, solver="arpack")
     order = np.argsort(-s)
-    root = np.sqrt(s[order])
-    b, a = u[:, order] * root, root[:, None] * vh[order]
-    return LowRank(torch.from_numpy(b).to(matrix.dtype), torch.from_numpy(np.ascontiguousarray(a)).to(matrix.dtype))
+    return Svd(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (u[:, order], s[order], vh[order])))

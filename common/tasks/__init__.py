@@ -108,6 +108,10 @@ class Task(Plugin):
     def evaluate(self, model: nn.Module, rows: Rows) -> dict[str, float]:
         """Measure the model on examples; ``loss`` is always among the metrics."""
 
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Derive what people also want to see from the clients' mean metrics; must be finite."""
+        return {}
+
     @abstractmethod
     def samples(self, model: nn.Module) -> Sequence[Sample]:
         """Let the model make something of the task's prompts."""

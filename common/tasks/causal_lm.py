@@ -6,7 +6,8 @@ One example is one row of ``sequence_length`` tokens, as in ``input_ids [382, 70
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -150,6 +151,10 @@ class CausalLm(Task):
                 total += float(losses.double().sum())
                 tokens += int(counted.sum())
         return {"loss": total / max(tokens, 1)}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity of the mean cross-entropy."""
+        return {"perplexity": math.exp(min(means["loss"], 700.0))}
 
     def samples(self, model: nn.Module) -> Sequence[Sample]:
         """Continue each prompt greedily."""

@@ -20,7 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simulations.comparison.rows import MEASURES, Estimate, Row, has_losses
+from simulations.comparison.rows import MEASURES, TASK_MEASURES, Estimate, Row, has_losses
 
 MISSING = "–"
 
@@ -46,6 +46,7 @@ COLUMNS = {
     "held_out_loss": Column("held-out loss", ".4f"),
     "best_loss": Column("best", ".4f"),
     "perplexity": Column("perplexity", ".2f"),
+    "excess_loss": Column("excess loss", ".4f"),
     "worst_client_loss": Column("worst client", ".4f"),
     "unseen_loss": Column("unseen loss", ".4f"),
     "change": Column("change", "+.4f"),
@@ -61,6 +62,7 @@ SPREAD_IN_TERMINAL = ("held_out_loss",)
 TERMINAL = {
     "held_out_loss": "held-out\nloss",
     "perplexity": "perplex-\nity",
+    "excess_loss": "excess\nloss",
     "worst_client_loss": "worst\nclient",
     "unseen_loss": "unseen\nloss",
     "bytes_up_per_client": "MB up/\nclient",
@@ -72,8 +74,8 @@ TERMINAL = {
 NOTES = (
     "Losses are those of the last evaluated round, *best* is the lowest of all, *change* counts from before training; "
     "held-out loss and perplexity are means over the clients weighted by examples. Megabytes are all adapter traffic, "
-    "that of evaluation included. *Merge error* is the distance to the exact average of the updates, as a mean over "
-    "rounds. *Left out* counts replies that were refused or did not come. "
+    "that of evaluation included. *Excess loss* is what is left to the known optimum of a synthetic task. "
+    "*Merge error* is the distance to the exact average of the updates, as a mean over rounds. *Left out* counts replies that were refused or did not come. "
     "*centralised* is one client that trains on the data of all, as many steps as all do together; *local* is each "
     "owner alone, judged by its own held-out part. Both are made for the experiment before anything is varied, and "
     "send no adapters."
@@ -145,15 +147,21 @@ class Comparison:
         """Draw the table for a terminal, with the sentences of refused rows below."""
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
         table.add_column("", overflow="fold", min_width=11)
-        for title in TERMINAL.values():
-            table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
+        shown = [name for name in measured(self.rows) if name in TERMINAL]
+        for name in shown:
+            table.add_column(TERMINAL[name], justify="right", vertical="bottom", no_wrap=True)
         for row in self.rows:
             found = row.measures
-            cells = [COLUMNS[name].show(found.get(name), name in SPREAD_IN_TERMINAL) for name in TERMINAL]
+            cells = [COLUMNS[name].show(found.get(name), name in SPREAD_IN_TERMINAL) for name in shown]
             cells[0] = cells[0] if row.outcomes else row.status
             table.add_row(row.label, *cells, style="dim" if row.reference else None)
         sentences = [Text(f"{row.label}: {sentence}") for row in self.rows for sentence in row.sentences]
         return Group(table, *[Padding(sentence, (1, 0, 0, 0)) for sentence in sentences])
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """List the measures worth a column: all, less those that belong to other tasks."""
+    return [name for name in COLUMNS if name not in TASK_MEASURES or any(name in row.measures for row in rows)]
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -203,13 +211,14 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def _markdown_table(comparison: Comparison) -> Iterator[str]:
-    titles = [column.title for column in COLUMNS.values()]
+    shown = measured(comparison.rows)
+    titles = [COLUMNS[name].title for name in shown]
     noted = any(row.sentences for row in comparison.rows)
     yield _line(["", *titles, *(["note"] if noted else [])])
     yield _line(["---", *["---:"] * len(titles), *(["---"] if noted else [])])
     for row in comparison.rows:
         found = row.measures
-        numbers = [column.show(found.get(name)) for name, column in COLUMNS.items()]
+        numbers = [COLUMNS[name].show(found.get(name)) for name in shown]
         yield _line([row.label, *numbers, *([_note(row, len(comparison.seeds))] if noted else [])])
 
 

@@ -15,6 +15,7 @@ MEASURES = (
     "held_out_loss",
     "best_loss",
     "perplexity",
+    "excess_loss",
     "worst_client_loss",
     "unseen_loss",
     "change",
@@ -28,6 +29,9 @@ MEASURES = (
 )
 """Losses are those of the last evaluated round, ``best_loss`` the lowest, ``change`` the fall or rise of the
 held-out loss since round 0; ``error`` is the mean over rounds, ``left_out`` counts replies that were."""
+
+TASK_MEASURES = ("perplexity", "excess_loss")
+"""Measured by some tasks only: how far the loss is above the known optimum, and so on."""
 
 LOSSES = ("held_out_loss", "worst_client_loss", "unseen_loss")
 """Of each round, as the server names them."""
@@ -203,6 +207,7 @@ def outcome_of(
         held_out, worst, unseen = (federation.get((row.round, name)) for name in LOSSES)
         curve.append(Point(row.round, held_out, worst, unseen, sent / sharing if sharing else None))
     measures = measures_of(curve)
+    measures |= _of_the_task(federation)
     measures["seconds"] = sum(row.seconds for row in rounds)
     measures["left_out"] = sum(client.status not in ("received", "accepted") for client in clients)
     if sharing:
@@ -224,6 +229,8 @@ def alone(parts: Sequence[tuple[Outcome, float]]) -> Outcome:
     weights = [examples for _, examples in parts]
     curve = [_together(points, weights) for points in zip(*(outcome.curve for outcome in outcomes), strict=False)]
     measures = measures_of(curve)
+    if all("perplexity" in outcome.measures for outcome in outcomes) and "held_out_loss" in measures:
+        measures["perplexity"] = math.exp(min(measures["held_out_loss"], 700.0))
     for name in ("seconds", "left_out"):
         measures[name] = sum(outcome.measures[name] for outcome in outcomes)
     runs = tuple(run for outcome in outcomes for run in outcome.runs)
@@ -236,12 +243,17 @@ def measures_of(curve: Sequence[Point]) -> dict[str, float]:
     if held_out := [point.held_out for point in curve if point.held_out is not None]:
         last = held_out[-1]
         found["held_out_loss"], found["best_loss"], found["change"] = last, min(held_out), last - held_out[0]
-        found["perplexity"] = math.exp(last) if last < math.log(1e300) else math.inf
     if worst := [point.worst for point in curve if point.worst is not None]:
         found["worst_client_loss"] = worst[-1]
     if unseen := [point.unseen for point in curve if point.unseen is not None]:
         found["unseen_loss"] = unseen[-1]
     return found
+
+
+def _of_the_task(federation: Mapping[tuple[int, str], float]) -> dict[str, float]:
+    """Pick what some tasks measure beside the loss, of the last round that has it; keys are round and name."""
+    newest = {name: federation[number, name] for number, name in sorted(federation)}
+    return {name: newest[f"held_out_{name}"] for name in TASK_MEASURES if f"held_out_{name}" in newest}
 
 
 def _together(points: Sequence[Point], weights: Sequence[float]) -> Point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import shutil
@@ -112,13 +111,20 @@ def plan_view(plan: Plan, experiment: Experiment, notices: bool = True) -> Rende
     )
 
 
+HELD_OUT = "held_out_"
+"""What the names of the clients' mean metrics begin with."""
+
+
 def rounds_table(summary: Summary) -> Table:
     """Show what each round came to; the best one stands out."""
     rounds = summary["rounds"]
     unseen = any("unseen_loss" in row["metrics"] for row in rounds)
     private = any(row["epsilon"] is not None for row in rounds)
+    told = {name for row in rounds for name in row["metrics"] if name.startswith(HELD_OUT)} - {f"{HELD_OUT}loss"}
+    extra = sorted(told)
     optional = [*([">unseen"] if unseen else []), *([">epsilon"] if private else [])]
-    names = [">round", ">held-out", ">perplexity", ">worst", *optional, ">up", ">down", ">seconds", ">error"]
+    named = [f">{name.removeprefix(HELD_OUT).replace('_', ' ')}" for name in extra]
+    names = [">round", ">held-out", *named, ">worst", *optional, ">up", ">down", ">seconds", ">error"]
     table = numbers_table(*names)
     for row in rounds:
         metrics = row["metrics"]
@@ -126,7 +132,7 @@ def rounds_table(summary: Summary) -> Table:
         table.add_row(
             str(row["round"]) if row["status"] == "committed" else f"[red]{row['round']}[/]",
             number(loss),
-            _perplexity(loss),
+            *(number(metrics.get(name), 1 if name.endswith("perplexity") else 4) for name in extra),
             number(metrics.get("worst_client_loss")),
             *([number(metrics.get("unseen_loss"))] if unseen else []),
             *([number(row["epsilon"], 2)] if private else []),
@@ -243,12 +249,6 @@ def more_clients(count: int) -> list[str]:
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
-
-
-def _perplexity(loss: float | None) -> str:
-    if loss is None or math.isnan(loss):
-        return "–"
-    return f"{math.exp(loss):,.1f}" if loss < 15 else "> 10⁶"
 
 
 def _error(row: Summary) -> str:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from common.adapter import Adapter
 from common.errors import ConfigurationError, RejectedUpdate
@@ -121,23 +122,26 @@ class FedSB(AggregationStrategy):
 
     def finish(self, state: ServerState, accumulated: AlternatingSum | CoreSum) -> ServerState:
         """Replace what learned by its mean; after the second round fix the frames."""
-        mean = accumulated.mean()
-        after = replace(state, start=mean, round=state.round + 1, merged=mean)
-        return self._framed(after) if state.round == SEARCH_ROUNDS - 1 else after
-
-    def _framed(self, state: ServerState) -> ServerState:
-        layers: dict[str, Update] = {}
-        extras = dict(state.extras)
-        for name, part in state.start.layers.items():
-            assert isinstance(part, LowRank)
-            frame, core = framed(part, self._seed(state), name)
-            layers[name] = LowRank(frame.b @ core, frame.a)
-            extras |= {B + name: frame.b, A + name: frame.a}
-        start = Adapter.pack(layers, state.start.extras, state.start.method)
-        return replace(state, start=start, merged=start, extras=extras)
+        if state.round == SEARCH_ROUNDS - 1:
+            layers, heads, frames = framed_layers(accumulated.mean(), self._seed(state))
+            start, extras = Adapter.pack(layers, heads, state.spec.method), {**state.extras, **frames}
+        else:
+            start, extras = accumulated.mean(), state.extras
+        return replace(state, start=start, round=state.round + 1, merged=start, extras=extras)
 
     def _seed(self, state: ServerState) -> int:
         return derive_seed(state.spec.seed, "fed_sb")
+
+
+def framed_layers(mean: Adapter, seed: int) -> tuple[dict[str, Update], dict[str, Tensor], dict[str, Tensor]]:
+    """Return a mean's layers between frames, its heads, and the frames by their names in a state; none is a view."""
+    layers: dict[str, Update] = {}
+    frames: dict[str, Tensor] = {}
+    for name, part in low_rank_layers(ClientUpdate("the mean", mean, 1.0)).items():
+        frame, core = framed(part, seed, name)
+        layers[name] = LowRank(frame.b @ core, frame.a)
+        frames |= {B + name: frame.b, A + name: frame.a}
+    return layers, {name: value.clone() for name, value in mean.extras.items()}, frames
 
 
 @lru_cache(maxsize=2)

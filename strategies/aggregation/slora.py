@@ -13,19 +13,48 @@ matrix per layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from common.adapter import Adapter
+from common.errors import RejectedUpdate
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ModelSpec, ServerState
 from common.lowrank import Dense, LowRank, Update
 from common.seeds import derive_seed
 from strategies.aggregation import AggregationStrategy, Capabilities, Travel
 from strategies.mean import WeightedSum
 from strategies.sparse_svd import leading_part
+
+
+@dataclass
+class StageSum(WeightedSum):
+    """Running sum of what one stage trains.
+
+    Parameters
+    ----------
+    holds : type
+        `Dense` in stage 1, `LowRank` in stage 2.
+    """
+
+    holds: type[Update] = LowRank
+
+    def add(self, update: ClientUpdate) -> StageSum:
+        """Add one update.
+
+        Raises
+        ------
+        RejectedUpdate
+            If it is of the other stage, or its layout does not fit; the sum is then unchanged.
+        """
+        for name, part in update.adapter.layers.items():
+            if not isinstance(part, self.holds):
+                found, expected = ("factors", "a matrix") if self.holds is Dense else ("a matrix", "factors")
+                raise RejectedUpdate(f"client {update.client}, layer {name}: {found}; this stage trains {expected}")
+        super().add(update)
+        return self
 
 
 class SLoRA(AggregationStrategy):
@@ -48,27 +77,29 @@ class SLoRA(AggregationStrategy):
         return Travel("sparse", "sparse") if number <= self.sparse_rounds else Travel()
 
     def expected_ranks(self, rank: int, cohort: Sequence[int], merges: int) -> tuple[int, int]:
-        """Expect a start from the first round on; after stage 1 at most of the rank that was kept."""
-        if merges < self.sparse_rounds or not self.sparse_rounds:
-            return (rank if merges or self.sparse_rounds else 0), 0
-        return min(rank, max(self.rank, *cohort)), 0
+        """Expect a start from the first round on in stage 1, then once one of the rank that was kept."""
+        if merges < self.sparse_rounds:
+            return rank, 0
+        if merges == self.sparse_rounds:
+            return (min(rank, self.rank) if merges else 0), 0
+        return min(rank, max(cohort)), 0
 
     def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
         """Send the mean, and in stage 1 the seed of the mask."""
-        seed = derive_seed(state.spec.seed, "slora")
         if state.round < self.sparse_rounds:
+            seed = derive_seed(state.spec.seed, "slora")
             return Dispatch(state.start, client.rank, seed, trains="sparse", density=self.density)
-        return Dispatch(state.start.narrowed(client.rank), client.rank, seed)
+        return Dispatch(state.start.narrowed(client.rank), client.rank, derive_seed(state.spec.seed, "fedavg"))
 
-    def begin(self, state: ServerState) -> WeightedSum:
-        """Open an empty sum."""
-        return WeightedSum()
+    def begin(self, state: ServerState) -> StageSum:
+        """Open an empty sum of matrices or of factors."""
+        return StageSum(Dense if state.round < self.sparse_rounds else LowRank)
 
-    def add(self, accumulated: WeightedSum, update: ClientUpdate) -> WeightedSum:
+    def add(self, accumulated: StageSum, update: ClientUpdate) -> StageSum:
         """Add one reply's matrices or factors, times its weight."""
         return accumulated.add(update)
 
-    def finish(self, state: ServerState, accumulated: WeightedSum) -> ServerState:
+    def finish(self, state: ServerState, accumulated: StageSum) -> ServerState:
         """Replace the start adapter by the mean; after the last sparse round by its leading part."""
         mean = accumulated.mean()
         after = replace(state, start=mean, round=state.round + 1, merged=mean)

@@ -39,12 +39,11 @@ def one(name: str, number: int, clients: int) -> None:
         dispatch = strategy.dispatch(state, ClientInfo("client", RANK))
         return dispatch, reply(dispatch, spec, "client", 1.0, state.base_version, state.round)
 
-    def merge(path: Path, state: ServerState, dispatch: Dispatch) -> ServerState:
-        start = starting_adapter(dispatch, spec) if dispatch.sends in ("a", "b") and dispatch.frozen_a is None else None
+    def merge(path: Path, state: ServerState, dispatch: Dispatch, start: Adapter) -> ServerState:
         accumulated = strategy.begin(state)
         for place in range(clients):
             parcel, _, _ = read_parcel(path)
-            update = ClientUpdate(f"client-{place:02d}", unseal(parcel, dispatch, start), 1.0)
+            update = ClientUpdate(f"client-{place:02d}", unseal(parcel, dispatch, start if partial else None), 1.0)
             accumulated = strategy.add(accumulated, update)
             del parcel, update
         return strategy.finish(state, accumulated)
@@ -53,15 +52,17 @@ def one(name: str, number: int, clients: int) -> None:
     for _ in range(1, number):
         state = strategy.aggregate(state, [asked(state)[1]])
     dispatch, answer = asked(state)
+    strategy.aggregate(state, [answer])  # loads the code that merges
     adapter: Adapter = answer.adapter
     nbytes = adapter.nbytes
     with tempfile.TemporaryDirectory() as folder:
+        start, partial = starting_adapter(dispatch, spec), dispatch.sends in ("a", "b")
         path = Path(folder) / "reply"
         header = TrainAnswer(client="client", round=1, base_version=0, num_examples=1, seconds=0).model_dump_json()
         path.write_bytes(parcel_bytes(seal(adapter, part=dispatch.sends, dispatch=dispatch), header))
         travelled = path.stat().st_size
         del adapter, answer
-        _, peak = peak_above(lambda: merge(path, state, dispatch))
+        _, peak = peak_above(lambda: merge(path, state, dispatch, start))
     sys.stdout.write(f"{peak / nbytes:.2f} {travelled / nbytes:.2f}\n")
 
 

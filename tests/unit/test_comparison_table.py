@@ -19,6 +19,7 @@ from simulations.comparison.plot import PALETTE, draw, plot, row_colours
 from simulations.comparison.report import COLUMNS, Comparison, Machine, write_report
 from simulations.comparison.rows import (
     MEASURES,
+    TASK_MEASURES,
     Estimate,
     Outcome,
     Point,
@@ -49,6 +50,8 @@ def test_outcome_of_a_run_by_hand() -> None:
     losses = [(0, 3.0, 4.0), (1, 1.0, 1.5), (2, 2.0, 2.5)]
     metrics = [Metric("r", number, "held_out_loss", loss) for number, loss, _ in losses]
     metrics += [Metric("r", number, "worst_client_loss", loss) for number, _, loss in losses]
+    metrics += [Metric("r", 1, "held_out_perplexity", 9.0), Metric("r", 2, "held_out_perplexity", 7.0)]
+    metrics += [Metric("r", 2, "held_out_excess_loss", 0.5), Metric("r", 2, "held_out_perplexity", 8.0, client="a")]
     metrics += [Metric("r", 2, "unseen_loss", 5.0), Metric("r", 2, "held_out_loss", 99.0, client="a")]
     statuses = ("accepted", "received", "rejected", "failed", "late", "offline")
     clients = [ClientRound("r", 1, f"c{number}", status) for number, status in enumerate(statuses)]  # type: ignore[arg-type]
@@ -62,7 +65,8 @@ def test_outcome_of_a_run_by_hand() -> None:
         "held_out_loss": 2.0,
         "best_loss": 1.0,
         "change": -1.0,
-        "perplexity": math.exp(2.0),
+        "perplexity": 7.0,
+        "excess_loss": 0.5,
         "worst_client_loss": 2.5,
         "unseen_loss": 5.0,
         "seconds": 6.5,
@@ -84,8 +88,7 @@ def test_a_reference_has_no_bytes_and_no_error() -> None:
 
 def test_rounds_that_were_not_evaluated_are_passed_over() -> None:
     made = measures_of([Point(0, 3.0), Point(1), Point(2, 2.5), Point(3)])
-    assert made == {"held_out_loss": 2.5, "best_loss": 2.5, "change": -0.5, "perplexity": math.exp(2.5)}
-    assert measures_of([Point(0, 1000.0)])["perplexity"] == math.inf
+    assert made == {"held_out_loss": 2.5, "best_loss": 2.5, "change": -0.5}
 
 
 def test_owners_alone_are_put_together_by_their_examples() -> None:
@@ -190,7 +193,8 @@ def test_markdown_is_a_table_with_what_repeats_it(tmp_path: Path) -> None:
     write_report(_comparison(), tmp_path)
     text = (tmp_path / "comparison.md").read_text()
     table = [line.replace("\\|", "!").split("|") for line in text.splitlines() if line.startswith("|")]
-    assert {len(cells) for cells in table} == {len(COLUMNS) + 4}  # a label, a note, and nothing at both ends
+    shown = len(set(COLUMNS) - set(TASK_MEASURES))  # this task measured nothing beside the loss
+    assert {len(cells) for cells in table} == {shown + 4}  # a label, a note, and nothing at both ends
     assert "| flora | 1.5000 ± 0.7071 |" in text
     assert table[3][-2].strip() == "refused: ranks ! differ"
     assert table[4][-2].strip() == "partial (1 of 2 seeds done): lost"

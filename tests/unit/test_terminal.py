@@ -146,8 +146,8 @@ def test_rounds_are_shown_with_what_went_wrong(store: RunStore) -> None:
     commit(store, run, 2, math.nan, "failed", reason="1 valid reply of 2", error=0.125)
     summary = run_summary(store, run)
     lines = drawn(outcome_view(summary)).splitlines()
-    assert lines[0].split() == ["round", "held-out", "perplexity", "worst", "up", "down", "seconds", "error"]
-    assert lines[1].split() == ["0", "4.6052", "100.0", "–", "1.5", "kB", "2.5", "MB", "1.2", "–"]
+    assert lines[0].split() == ["round", "held-out", "worst", "up", "down", "seconds", "error"]
+    assert lines[1].split() == ["0", "4.6052", "–", "1.5", "kB", "2.5", "MB", "1.2", "–"]
     assert lines[2].split()[-1] == "exact"
     assert lines[3].split()[0] == "2"
     assert lines[3].split()[-1] == "1.2e-01"
