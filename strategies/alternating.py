@@ -68,6 +68,7 @@ class AlternatingSum:
     def mean(self) -> Adapter:
         """Divide by the total weight, and put the factor that did not learn beside it."""
         if self.learns == "b":
+            self.total.hold(self.state.start.layout)
             layers = self.total.layout.layers if self.total.layout else ()
             frozen = [self._given_a(name, rank, inn).reshape(-1) for name, _, inn, rank in layers]
             return self.total.mean(torch.cat(frozen) if frozen else torch.empty(0))

@@ -53,10 +53,21 @@ class WeightedSum:
         if layout == self.layout:
             self.total.add_(numbers, alpha=update.num_examples)
         else:
-            self._widen(joint_layout(self.layout, layout) if self.nested else None, update.client)
+            joint = joint_layout(self.layout, layout) if self.nested else None
+            if joint is None:
+                raise RejectedUpdate(
+                    f"client {update.client} sent other layers, ranks or heads than the clients before it; all must be "
+                    "equal"
+                )
+            self._widen(joint)
             _add_nested(self.total, self.layout, numbers, layout, update.num_examples)
         self.weight += update.num_examples
         return self
+
+    def hold(self, layout: Layout) -> None:
+        """Widen a nested sum to the ranks of a layout, if it holds anything; what is new is zero."""
+        if self.layout is not None and (joint := joint_layout(self.layout, layout)) is not None:
+            self._widen(joint)
 
     def mean(self, inner: Tensor | None = None) -> Adapter:
         """Divide by the total weight, in place, which closes the sum.
@@ -68,12 +79,8 @@ class WeightedSum:
         mean, self.total = self.total.div_(self.weight), None
         return Adapter(mean if inner is None else torch.cat([mean, inner.to(mean.dtype)]), self.layout)
 
-    def _widen(self, joint: Layout | None, client: str) -> None:
+    def _widen(self, joint: Layout) -> None:
         assert self.total is not None and self.layout is not None
-        if joint is None:
-            raise RejectedUpdate(
-                f"client {client} sent other layers, ranks or heads than the clients before it; all must be equal"
-            )
         if joint != self.layout:
             wider = self.total.new_zeros(joint.head_numel)
             _add_nested(wider, joint, self.total, self.layout, 1.0)

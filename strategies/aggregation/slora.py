@@ -93,7 +93,7 @@ class SLoRA(AggregationStrategy):
 
     def begin(self, state: ServerState) -> StageSum:
         """Open an empty sum of matrices or of factors."""
-        return StageSum(Dense if state.round < self.sparse_rounds else LowRank)
+        return StageSum(holds=Dense if state.round < self.sparse_rounds else LowRank)
 
     def add(self, accumulated: StageSum, update: ClientUpdate) -> StageSum:
         """Add one reply's matrices or factors, times its weight."""
