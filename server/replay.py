@@ -177,8 +177,8 @@ def _replayed(
             return replace(known, reason=str(error))
         if after.merged is None:
             return replace(known, reason=f"{strategy.plugin_name} makes no one model of the replies")
-        weights = {update.client: update.num_examples for update in updates}
-        measured = certificate(after.merged, parts_by_layer(updates).items(), weights)
+        weights = {update.client: update.num_examples for update in judgement.updates}
+        measured = certificate(after.merged, parts_by_layer(judgement.updates).items(), weights)
         ranks = list(measured.effective_rank.values())
         return replace(
             known,

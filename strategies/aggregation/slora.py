@@ -35,11 +35,11 @@ class StageSum(WeightedSum):
 
     Parameters
     ----------
-    holds : type
-        `Dense` in stage 1, `LowRank` in stage 2.
+    dense : bool
+        Matrices, in stage 1; factors otherwise.
     """
 
-    holds: type[Update] = LowRank
+    dense: bool = False
 
     def add(self, update: ClientUpdate) -> StageSum:
         """Add one update.
@@ -50,8 +50,8 @@ class StageSum(WeightedSum):
             If it is of the other stage, or its layout does not fit; the sum is then unchanged.
         """
         for name, part in update.adapter.layers.items():
-            if not isinstance(part, self.holds):
-                found, expected = ("factors", "a matrix") if self.holds is Dense else ("a matrix", "factors")
+            if isinstance(part, Dense) != self.dense:
+                found, expected = ("factors", "a matrix") if self.dense else ("a matrix", "factors")
                 raise RejectedUpdate(f"client {update.client}, layer {name}: {found}; this stage trains {expected}")
         super().add(update)
         return self
@@ -93,7 +93,7 @@ class SLoRA(AggregationStrategy):
 
     def begin(self, state: ServerState) -> StageSum:
         """Open an empty sum of matrices or of factors."""
-        return StageSum(holds=Dense if state.round < self.sparse_rounds else LowRank)
+        return StageSum(dense=state.round < self.sparse_rounds)
 
     def add(self, accumulated: StageSum, update: ClientUpdate) -> StageSum:
         """Add one reply's matrices or factors, times its weight."""
