@@ -95,6 +95,10 @@ References = Annotated[bool, typer.Option(help="Also train on pooled data, and e
 ExportTo = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; missing or empty.")]
 Form = Annotated[ExportFormat, typer.Option("--format", help="What to write.")]
 ExportRound = Annotated[int | None, typer.Option("--round", min=0, help="Round to export. [default: the last]")]
+OwnedBy = Annotated[
+    str | None,
+    typer.Option("--client", metavar="NAME", help="Whose model, if clients keep factors of their own (fedsa_lora)."),
+]
 Best = Annotated[bool, typer.Option("--best", help="Export the round of the lowest loss.")]
 Adapters = Annotated[list[Path], typer.Argument(hidden=True)]
 MergeBy = Annotated[
@@ -218,6 +222,7 @@ def export(
     form: Form = ExportFormat.PEFT,
     number: ExportRound = None,
     best: Best = False,
+    client: OwnedBy = None,
     home: Home = None,
     as_json: Json = False,
     _plugins: Plugins = None,
@@ -228,7 +233,7 @@ def export(
     """
     from simulations.terminal import verbs
 
-    return verbs.export(run, out, form.value, number, best, _output(home, as_json))
+    return verbs.export(run, out, form.value, number, best, client, _output(home, as_json))
 
 
 @app.command()

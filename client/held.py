@@ -1,7 +1,8 @@
 """Adapters a node already holds, the global one or frames, so that they are not sent again with every order.
 
-Versions are told apart by their hash. The file is shared by all clients on this machine; the last two versions stay,
-since a late client may still work on the one before.
+The files are shared by all clients on this machine and told apart by their hash; where downloads are bounded, clients
+hold different ones of one base version. Those of the last two base versions stay, since a late client may still work on
+the one before.
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ KEPT_VERSIONS = 2
 _NAMES = {"global": "the global adapter", "frames": "the frames of the core"}
 
 
-def hold(folder: Path, parcel: Parcel, kind: str = "global") -> None:
-    """Keep a version on disk, atomically, and drop all but the last two of its kind."""
-    path = _file(folder, parcel.digest, kind)
-    if path.exists():
+def hold(folder: Path, parcel: Parcel, base_version: int, kind: str = "global") -> None:
+    """Keep an adapter on disk, atomically, and drop those of all but the last two base versions of its kind."""
+    if _find(folder, parcel.digest, kind):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{base_version:08d}-{parcel.digest[:32]}.safetensors"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{id(parcel)}.tmp")
     temporary.write_bytes(parcel_bytes(parcel, ""))
     temporary.replace(path)
-    for old in sorted(folder.glob(f"{kind}-*.safetensors"), key=_written, reverse=True)[KEPT_VERSIONS:]:
-        old.unlink(missing_ok=True)
+    files = sorted(folder.glob(f"{kind}-*.safetensors"), key=_written, reverse=True)
+    kept = list(dict.fromkeys(_base_version(file) for file in files))[:KEPT_VERSIONS]
+    for old in files:
+        if _base_version(old) not in kept:
+            old.unlink(missing_ok=True)
 
 
-def held(folder: Path | None, version: str, kind: str = "global") -> Adapter:
-    """Read a version the server believes this node to hold.
+def held(folder: Path | None, digest: str, kind: str = "global") -> Adapter:
+    """Read an adapter the server believes this node to hold.
 
     Raises
     ------
     ClientError
         If it is not there any more; the server then sends it with the next order.
     """
-    if folder is not None and (path := _file(folder, version, kind)).exists():
+    if folder is not None and (path := _find(folder, digest, kind)):
         try:
             return unseal(read_parcel(path)[0])
         except CorruptArtefact as error:
@@ -55,5 +59,9 @@ def _written(path: Path) -> int:
         return 0
 
 
-def _file(folder: Path, version: str, kind: str) -> Path:
-    return folder / f"{kind}-{version[:32]}.safetensors"
+def _find(folder: Path, digest: str, kind: str) -> Path | None:
+    return next(folder.glob(f"{kind}-*-{digest[:32]}.safetensors"), None)
+
+
+def _base_version(file: Path) -> str:
+    return file.name.split("-")[1]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from client.memory import remember
 from common.adapter import Adapter, outer_views
+from common.errors import TrainingError
 from common.lowrank import LowRank, Update
+from strategies.updates import all_finite
 
 OWN = "own"
 """Kind of the memory."""
@@ -15,10 +19,19 @@ OWN = "own"
 HEAD = "head."
 
 
-def own_part(adapter: Adapter) -> dict[str, Tensor]:
-    """Return what stays: all ``b`` as one flat tensor, and the heads by name."""
-    heads = {HEAD + name: value for name, value in adapter.extras.items()}
-    return {"b": adapter.flat[: adapter.layout.outer_numel], **heads}
+def keep_own(folder: Path, number: int, trained: Adapter) -> None:
+    """Keep what stays of round ``number``: all ``b`` as one flat tensor, and the heads by name.
+
+    Raises
+    ------
+    TrainingError
+        If a number is not finite: the client would never train again.
+    """
+    layout = trained.layout
+    if not all_finite(trained.flat[: layout.head_numel]):
+        raise TrainingError("what was learned is not finite and is not kept; lower training.learning_rate")
+    heads = {HEAD + name: value for name, value in trained.extras.items()}
+    remember(folder, OWN, number, {"b": trained.flat[: layout.outer_numel], **heads})
 
 
 def with_own(adapter: Adapter, own: Mapping[str, Tensor] | None) -> Adapter:

@@ -17,9 +17,9 @@ from client.answers import keep_answer, order_key, stored_answer
 from client.device import device_name, free_memory, largest_rank
 from client.faults import is_attacker, lied, suffer
 from client.held import held, hold
-from client.memory import recall, remember
+from client.memory import recall
 from client.node import Node
-from client.own import OWN, own_part, with_own
+from client.own import OWN, keep_own, with_own
 from client.secure.masking import Mask, join_sum
 from client.secure.vault import end_session
 from client.training import Position, train
@@ -73,7 +73,7 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
     start = unseal(_parcel(parcels, "start"), known)
     if known.keeps_b:
         start = with_own(start, recall(node.folder, OWN, order.round + 1))
-    _use(place, node, order.global_hash, parcels)
+    _use(place, node, order, parcels)
     place.adapted.load(start)
     answer = EvaluateAnswer(
         client=node.name,
@@ -98,14 +98,14 @@ def _train(
     if dispatch.keeps_b:
         start = with_own(start, recall(node.folder, OWN, order.round))
     seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
-    _use(place, node, order.global_hash, parcels)
+    _use(place, node, order, parcels)
     place.adapted.load(start, seed, dispatch)
     metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains, order.tail)
     trained = place.adapted.read()
     if is_attacker(node):
         trained = lied(start, trained, node.experiment.simulation.attack_scale)
     if dispatch.keeps_b:
-        remember(_folder(node), OWN, order.round, own_part(trained))
+        keep_own(_folder(node), order.round, trained)
     answer = TrainAnswer(
         client=node.name,
         round=order.round,
@@ -123,22 +123,22 @@ def _train(
 
 def _known(node: Node, order: ModelOrder, parcels: Mapping[str, Parcel]) -> Dispatch:
     """Return what the order says of the adapter, beside its numbers."""
-    frames = _received(node, "frames", order.frames_hash, parcels) if order.frames_hash else None
+    frames = _received(node, order, "frames", order.frames_hash, parcels) if order.frames_hash else None
     trains, tail = (order.trains, order.tail) if isinstance(order, TrainOrder) else ("ab", None)
     return Dispatch(
         Adapter.empty(), order.rank, order.seed, trains, order.frozen_a, frames, order.keeps_b, order.density, tail
     )
 
 
-def _received(node: Node, kind: str, version: str, parcels: Mapping[str, Parcel]) -> Adapter:
-    """Return a version of the global adapter or of frames, sent with the order or held from an earlier one."""
+def _received(node: Node, order: ModelOrder, kind: str, digest: str, parcels: Mapping[str, Parcel]) -> Adapter:
+    """Return the global adapter or the frames, sent with the order or held from an earlier one."""
     sent = parcels.get(kind)
     if sent is None:
-        return held(node.shared, version, kind)
-    if sent.digest != version:
+        return held(node.shared, digest, kind)
+    if sent.digest != digest:
         raise ClientError(f"the {kind} adapter is not the one the order names")
     if node.shared is not None:
-        hold(node.shared, sent, kind)
+        hold(node.shared, sent, order.base_version, kind)
     return unseal(sent)
 
 
@@ -156,11 +156,11 @@ def _data(place: Workspace, node: Node) -> ClientData:
     return place.task.client_data(node.name, node.clients, node.experiment.seed)
 
 
-def _use(place: Workspace, node: Node, version: str, parcels: Mapping[str, Parcel]) -> None:
-    """Put the model on a version of the global adapter."""
-    sent = parcels.get("global")
-    if sent is not None or not place.adapted.holds(version):
-        place.adapted.use_global(_received(node, "global", version, parcels), version)
+def _use(place: Workspace, node: Node, order: ModelOrder, parcels: Mapping[str, Parcel]) -> None:
+    """Put the model on the order's global adapter."""
+    version = order.global_hash
+    if "global" in parcels or not place.adapted.holds(version):
+        place.adapted.use_global(_received(node, order, "global", version, parcels), version)
 
 
 def _parcel(parcels: Mapping[str, Parcel], name: str) -> Parcel:

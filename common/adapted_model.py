@@ -78,6 +78,7 @@ class AdaptedModel:
         self._global_version, self._seed = "", 0
         self._hooks: list[Any] = []
         self._scalings: dict[str, float] = {}
+        self._given: dict[str, Tensor] = {}
         self._branches: dict[str, SparseBranch] = {}
         for layer in self.layers.values():
             self._prepare(layer)
@@ -168,7 +169,7 @@ class AdaptedModel:
                 update = None
             if update is None or not update.rank:
                 update = _nothing(layer)
-            self._scalings[name] = self.method.scaling(update.rank)
+            self._scalings[name], self._given[name] = self.method.scaling(update.rank), update.b
             _set_factors(layer, update, self._scalings[name])
             if dispatch is not None and dispatch.trains == "core" and dispatch.frames is not None:
                 frame = dispatch.frames.layers[name]
@@ -201,13 +202,16 @@ class AdaptedModel:
             if name in self._branches:
                 layers[name] = Dense(self._branches[name].matrix().detach().float().cpu())
                 continue
-            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            layers[name] = LowRank(
-                b.detach().float().cpu().flatten(1) * self._scalings[name],
-                a.detach().float().cpu().flatten(1),
-            )
+            layers[name] = LowRank(self._outer(name), layer.lora_A[ADAPTER].weight.detach().float().cpu().flatten(1))
         heads = {name: head.detach().float().cpu() for name, head in self.heads.items()}
         return Adapter.pack(layers, heads, self.method.plugin_name)
+
+    def _outer(self, name: str) -> Tensor:
+        """Return a layer's ``b``; one that did not learn keeps its bits, whatever the scale was divided out by."""
+        given, scaling = self._given[name], self._scalings[name]
+        b: Tensor = self.layers[name].lora_B[ADAPTER].weight.detach().flatten(1)
+        same = torch.equal(b, _unscaled(given, scaling, b))
+        return given.float().cpu() if same else b.float().cpu() * scaling
 
     def train_only(self, factors: TrainedFactors) -> list[nn.Parameter]:
         """Let the named factors and the heads learn, freeze all else, and return what learns.
@@ -269,8 +273,12 @@ def _set_factors(layer: Any, update: LowRank, scaling: float) -> None:
     # rank; PEFT's own config does not notice, which is why export writes a config of its own.
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     a.data = update.a.to(a.device, a.dtype).reshape(update.rank, *a.shape[1:]).clone()
-    b.data = (update.b / scaling).to(b.device, b.dtype).reshape(b.shape[0], update.rank, *b.shape[2:])
+    b.data = _unscaled(update.b, scaling, b).reshape(b.shape[0], update.rank, *b.shape[2:])
     layer.r[ADAPTER], layer.scaling[ADAPTER] = update.rank, scaling
+
+
+def _unscaled(b: Tensor, scaling: float, like: Tensor) -> Tensor:
+    return (b / scaling).to(like.device, like.dtype)
 
 
 def _add_beside(update: Update, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -279,7 +279,9 @@ class Experiment(Section):
             found.append("no client trains; set trains = true for at least one")
         trained = simulation.clients or sum(client.trains for client in self.clients.values())
         if simulation.attackers > trained:
-            found.append(f"simulation.attackers = {simulation.attackers} are more than the {trained} clients that train")
+            found.append(
+                f"simulation.attackers = {simulation.attackers} are more than the {trained} clients that train"
+            )
         if federation.patience and not self.evaluation.on:
             found.append('federation.patience needs evaluations; set evaluation.on = ["clients"]')
         return found

@@ -147,11 +147,18 @@ class Dense:
 
     def low_rank(self) -> LowRank:
         """Factor the matrix into its singular vectors, dropping nothing but rounding."""
+        return self.truncate()[0]
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
+        """Return the nearest factors of bounded rank and the share of ``‖ΔW‖²`` they lose, as `LowRank.truncate`."""
         u, s, vh = torch.linalg.svd(self.w.double(), full_matrices=False)
         dtype = torch.promote_types(self.w.dtype, torch.float32)
-        keep = kept_rank(s, None, None, resolution(dtype, self.shape))
+        noise = resolution(dtype, self.shape)
+        keep = kept_rank(s, rank, energy, noise)
         root = s[:keep].sqrt()
-        return LowRank((u[:, :keep] * root).to(dtype), (root[:, None] * vh[:keep]).to(dtype))
+        left_out, total = s[keep : kept_rank(s, None, None, noise)].square().sum(), s.square().sum()
+        kept = LowRank((u[:, :keep] * root).to(dtype), (root[:, None] * vh[:keep]).to(dtype))
+        return kept, float(left_out / total) if total else 0.0
 
 
 Update = LowRank | Dense
@@ -187,7 +194,7 @@ def stack(parts: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
         return LowRank(b, a)
     wide = torch.promote_types(b.dtype, torch.float32)
     slots = torch.repeat_interleave(torch.tensor(weights, dtype=wide), torch.tensor([part.rank for part in parts]))
-    return LowRank(b.to(wide) * slots, a.to(wide))
+    return LowRank(b.to(wide).mul_(slots), a.to(wide))  # cat gave memory of its own
 
 
 def add(x: Update, y: Update) -> Update:

@@ -32,7 +32,8 @@ class SparseBranch:
 
     def matrix(self) -> Tensor:
         """Return ``U`` as it is now, shape (out, in)."""
-        return self._flat.index_copy(0, self._places, self.values).view(self._shape)
+        flat = self._flat.index_copy(0, self._places, self.values) if len(self._places) else self._flat
+        return flat.view(self._shape)
 
     def remove(self) -> None:
         """Take the branch away."""

@@ -115,7 +115,9 @@ def complete(
     if part == "b" and dispatch is not None and dispatch.frozen_a is not None:
         return Adapter(torch.cat([numbers, frozen_factors(layout, dispatch.frozen_a).to(numbers.dtype)]), layout)
     if part == "inner" and start is None:
-        return Adapter(torch.cat([numbers.new_zeros(layout.head_numel), numbers]), layout)
+        whole = numbers.new_zeros(layout.numel)
+        whole[layout.head_numel :] = numbers
+        return Adapter(whole, layout)
     if part in ("b", "a", "inner") and start is not None and start.layout == layout:
         before = {"b": 0, "a": layout.outer_numel, "inner": layout.head_numel}[part]
         after = layout.head_numel if part == "b" else layout.numel

@@ -174,7 +174,8 @@ def unseal(parcel: Parcel, dispatch: Dispatch | None = None, start: Adapter | No
         if start is None or start.layout != parcel.layout:
             raise ClientError(f"an adapter came as its change in {parcel.wire}, and nothing here tells from what")
         numbers = numbers.add_(take(start, parcel.part, dispatch))
-    return complete(numbers, parcel.layout, parcel.part, dispatch, start)
+    # What a client keeps to itself is nobody else's to fill in.
+    return complete(numbers, parcel.layout, parcel.part, dispatch, None if parcel.part == "inner" else start)
 
 
 def unseal_numbers(parcel: Parcel) -> Tensor:

@@ -7,13 +7,13 @@ whole. A start adapter whose numbers mean the same from round to round is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.adapter import Adapter, Layout
 from common.errors import ConfigurationError
 from common.experiment import Experiment
-from common.lowrank import Dense, LowRank, Update
+from common.lowrank import Dense, Update
 from common.wire import WireFormat, wire_bytes
 from server.cohort import DEFAULTS
 
@@ -29,7 +29,7 @@ class Bound:
     energy : float in (0, 1), optional
         Share of each layer's squared norm that is kept.
     nbytes : int, optional
-        Of start and global adapter together.
+        Of start and global adapter together, and of frames a client does not hold yet.
     """
 
     rank: int | None = None
@@ -50,20 +50,27 @@ def download_bound(experiment: Experiment, client: str) -> Bound:
 
 
 def cut(adapter: Adapter, rank: int | None, energy: float | None) -> tuple[Adapter, float]:
-    """Return the nearest adapter under a cap on rank or energy, and the share of its squared norm that is lost."""
+    """Return the nearest adapter under a cap on rank or energy, and the share of its squared norm that is lost.
+
+    A matrix that factors of its rank would not make smaller stays as it is.
+    """
+    if energy is None and (rank is None or widest(adapter.layout) <= rank):
+        return adapter, 0.0
     layers: dict[str, Update] = {}
     lost = whole = 0.0
     for name, update in adapter.layers.items():
         square = update.norm() ** 2
-        kept, share = (update if isinstance(update, LowRank) else update.low_rank()).truncate(rank, energy)
-        out, inn = update.shape
-        if isinstance(update, Dense) and kept.rank * (out + inn) >= out * inn:
-            layers[name] = update
-            share = 0.0
-        else:
-            layers[name] = kept
+        layers[name], share = _cut_layer(update, rank, energy)
         lost, whole = lost + share * square, whole + square
     return Adapter.pack(layers, adapter.extras, adapter.method), lost / whole if whole else 0.0
+
+
+def _cut_layer(update: Update, rank: int | None, energy: float | None) -> tuple[Update, float]:
+    out, inn = update.shape
+    if isinstance(update, Dense) and energy is None and rank is not None and rank * (out + inn) >= out * inn:
+        return update, 0.0
+    kept, share = update.truncate(rank, energy)
+    return (update, 0.0) if isinstance(update, Dense) and kept.rank * (out + inn) >= out * inn else (kept, share)
 
 
 def numbers_at(layout: Layout, rank: int | None) -> int:
@@ -102,19 +109,19 @@ def widest(layout: Layout) -> int:
     return max((held if held >= 0 else min(out, inn) for _, out, inn, held in layout.layers), default=0)
 
 
-def rank_limit(merged: Layout, start: Layout, bound: Bound, wire: WireFormat, may_cut_start: bool) -> int | None:
+def rank_limit(layouts: Sequence[Layout], fixed: int, bound: Bound, wire: WireFormat) -> int | None:
     """Return the rank a download must be cut to; None if no rank is too high.
 
     Parameters
     ----------
-    merged, start : Layout
-        Of the global and the start adapter a client would get.
+    layouts : sequence of Layout
+        Of the adapters that may be cut.
+    fixed : int
+        Bytes of what may not: a start whose numbers mean something, frames.
     bound : Bound
-        What it may get.
+        What the client may get.
     wire : WireFormat
         Number format of downloads.
-    may_cut_start : bool
-        Whether the start's factors may be replaced by others of the same product.
 
     Raises
     ------
@@ -123,37 +130,14 @@ def rank_limit(merged: Layout, start: Layout, bound: Bound, wire: WireFormat, ma
     """
     if bound.nbytes is None:
         return bound.rank
-    moving = [merged, start] if may_cut_start else [merged]
-    fixed = 0 if may_cut_start else wire_bytes(start.numel, wire)
-    most = max(widest(layout) for layout in moving)
-    fits = fitting_rank(lambda k: sum(numbers_at(layout, k) for layout in moving), most, bound.nbytes - fixed, wire)
-    if fixed > bound.nbytes or (most and not fits):
+    room = bound.nbytes - fixed
+    most = max((widest(layout) for layout in layouts), default=0)
+    fits = fitting_rank(lambda k: sum(numbers_at(layout, k) for layout in layouts), most, room, wire)
+    if room < 0 or (most and not fits):
         raise ConfigurationError(
-            f"a download of {bound.nbytes} bytes holds not even rank 1 beside a start of {fixed} bytes; raise "
-            "download_bytes or lower the client's rank"
+            f"download_bytes = {bound.nbytes} holds not even rank 1 beside {fixed} bytes that cannot be cut; raise it "
+            "or lower the client's rank"
         )
     if fits == most:
         return bound.rank
     return fits if bound.rank is None else min(fits, bound.rank)
-
-
-def bounded(
-    merged: Adapter, start: Adapter, bound: Bound, wire: WireFormat, may_cut_start: bool
-) -> tuple[Adapter, Adapter, float]:
-    """Cut a client's download to its bound; the parameters are those of `rank_limit`.
-
-    Returns
-    -------
-    Adapter, Adapter, float
-        Global and start adapter; the share of their squared norm that is lost, the larger one.
-    """
-    rank = rank_limit(merged.layout, start.layout, bound, wire, may_cut_start)
-    small, lost = _cut_if_wider(merged, rank, bound.energy)
-    first, missed = _cut_if_wider(start, rank, bound.energy) if may_cut_start else (start, 0.0)
-    return small, first, max(lost, missed)
-
-
-def _cut_if_wider(adapter: Adapter, rank: int | None, energy: float | None) -> tuple[Adapter, float]:
-    if energy is None and (rank is None or widest(adapter.layout) <= rank):
-        return adapter, 0.0
-    return cut(adapter, rank, energy) if adapter.layout.layers else (adapter, 0.0)

@@ -1,16 +1,23 @@
 """What a merge did to the exact average: measured from the kept replies, while clients evaluate.
 
-Where a robust rule judged them, the average is that of what it left.
+Where a robust rule judged them, the average is that of what it left. A large cohort's replies are never in memory all
+at once: they are read several times, a few layers of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+from common.adapter import Adapter
 from common.federation import ServerState
+from common.lowrank import Update
 from common.workspace import cpu_threads
 from server.federation import Federation
 from server.training import Collection
 from strategies.certificate import certificate
-from strategies.updates import parts_by_layer
+
+HELD_BYTES = 1 << 28
+"""Of all clients' layers that are held at a time; small cohorts fit as a whole."""
 
 
 def write_certificate(federation: Federation, state: ServerState, collection: Collection) -> None:
@@ -20,13 +27,12 @@ def write_certificate(federation: Federation, state: ServerState, collection: Co
     hidden = federation.experiment.secure_aggregation.enabled
     if hidden or not federation.experiment.evaluation.certificate or state.merged is None:
         return
-    updates = {name: collection.update(name) for name in collection.accepted}
-    weights = {name: update.num_examples for name, update in updates.items()}
+    weights = {name: collection.weights[name] for name in collection.accepted}
     if collection.judged:
-        updates |= {update.client: update for update in collection.judged}
-        weights = dict.fromkeys(updates, 0.0) | {update.client: update.num_examples for update in collection.judged}
+        judged = {update.client: update.num_examples for update in collection.judged}
+        weights = dict.fromkeys(weights, 0.0) | judged
     with cpu_threads(federation.experiment.training.threads):
-        measured = certificate(state.merged, parts_by_layer(list(updates.values())).items(), weights)
+        measured = certificate(state.merged, layers_of(collection, list(weights)), weights)
     record.error = measured.error
     for client in collection.accepted:
         record.measure("cosine_to_mean", measured.cosine[client], client)
@@ -34,3 +40,26 @@ def write_certificate(federation: Federation, state: ServerState, collection: Co
     for layer, rank in measured.effective_rank.items():
         record.measure("effective_rank", rank, layer=layer)
         record.measure("merged_norm", measured.norm[layer], layer=layer)
+
+
+def layers_of(
+    collection: Collection, clients: Sequence[str], held_bytes: int = HELD_BYTES
+) -> Iterator[tuple[str, dict[str, Update]]]:
+    """Yield each layer with every client's part of it, reading the replies as often as their size demands."""
+    judged = {update.client: update.adapter for update in collection.judged}
+
+    def read(client: str) -> Adapter:
+        return judged[client] if client in judged else collection.update(client).adapter
+
+    names = sorted(collection.state.spec.layers)
+    at_once = max(1, len(names) * held_bytes // max(len(clients) * read(clients[0]).nbytes, 1))
+    for first in range(0, len(names), at_once):
+        held = {client: _layers(read(client), names[first : first + at_once]) for client in clients}
+        for name in names[first : first + at_once]:
+            yield name, {client: layers[name] for client, layers in held.items() if name in layers}
+
+
+def _layers(adapter: Adapter, names: Sequence[str]) -> dict[str, Update]:
+    """Return some layers of an adapter, copied, so that its buffer is let go."""
+    found = {name: adapter.layers[name] for name in names if name in adapter.layers}
+    return dict(adapter.layers if len(found) == len(adapter.layers) else Adapter.pack(found).layers)

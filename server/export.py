@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +20,22 @@ from common.peft_folder import write_peft_folder
 from common.store import Round, Run, RunStore, verify
 from common.workspace import model_spec, task_of
 from server.folders import whole_or_nothing
+from strategies import AGGREGATION
 
 Format = Literal["peft", "merged", "lorafleet"]
 
+Own = Callable[[Path, int, Adapter], Adapter]
+"""Completes a round's start adapter by what one client keeps to itself; is given the run's folder and the round."""
+
 
 def export(
-    name: str, home: Path, out: Path, form: Format = "peft", round: int | None = None, best: bool = False
+    name: str,
+    home: Path,
+    out: Path,
+    form: Format = "peft",
+    round: int | None = None,
+    best: bool = False,
+    own: Own | None = None,
 ) -> Path:
     """Write a run's adapter to a folder.
 
@@ -41,6 +53,8 @@ def export(
         Round to export; default the last.
     best : bool
         Export the best round instead.
+    own : callable, optional
+        For strategies whose clients keep factors of their own: whose model to export.
 
     Returns
     -------
@@ -50,16 +64,20 @@ def export(
     Raises
     ------
     UserError
-        If the run has no such round, or ``out`` is not empty.
+        If the run has no such round, ``out`` is not empty, or the strategy has no one model and no client is named.
     """
     with RunStore.open(home, read_only=True) as store:
         run = store.get_run(name)
         experiment = Experiment.from_json(run.experiment)
         chosen = _round(run, store.rounds(run.id), round, best)
         assert chosen.state_path is not None and chosen.state_sha256 is not None
-        path = store.artefact_file(run.id, chosen.state_path)
+        path, folder = store.artefact_file(run.id, chosen.state_path), store.run_folder(run.id)
     verify(path, chosen.state_sha256)
-    adapter = whole_adapter(read_state(path, model_spec(experiment)))
+    _check_own(experiment, run, own)
+    state = read_state(path, model_spec(experiment))
+    if own is not None:
+        state = replace(state, start=own(folder, chosen.round, state.start))
+    adapter = whole_adapter(state)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; give another --out")
     try:
@@ -68,6 +86,18 @@ def export(
         return out / written.relative_to(unfinished)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_own(experiment: Experiment, run: Run, own: Own | None) -> None:
+    name = experiment.strategy.name
+    personal = AGGREGATION.plugin(name).capabilities.client_memory
+    if personal and own is None:
+        raise UserError(
+            f"run {run.id} has no one model: under strategy {name} every client keeps factors of its own; name one "
+            f"with --client: {', '.join(experiment.simulated_clients())}"
+        )
+    if own is not None and not personal:
+        raise UserError(f"--client is for strategies whose clients keep factors of their own; {name} has one model")
 
 
 def _round(run: Run, rounds: list[Round], number: int | None, best: bool) -> Round:

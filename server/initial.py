@@ -30,6 +30,11 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
                 f"the adapter to start from has layer {name} of shape {update.shape}; the model has "
                 f"{spec.layers.get(name, 'no such target layer')}"
             )
+    if given.extras and strategy.capabilities.client_memory:
+        raise ConfigurationError(
+            f"the adapter to start from has heads, which strategy {strategy.plugin_name} never sends: they are its "
+            "clients' own; start from one without heads or use another strategy"
+        )
     for name, head in given.extras.items():
         if name not in spec.heads or spec.heads[name].shape != head.shape:
             raise ConfigurationError(

@@ -18,7 +18,7 @@ from common.workspace import choose_device, method_of, model_spec, task_of
 from server.initial import initial_state
 from server.ranks import client_rank
 from server.secure.refusals import secure_refusals
-from server.traffic import Traffic
+from server.traffic import WHOLE, Traffic
 from strategies import AggregationStrategy, aggregation_strategy
 from strategies.merging import robust_refusals
 from strategies.optimizers import OPTIMIZERS
@@ -91,7 +91,7 @@ def make_plan(experiment: Experiment) -> Plan:
         raise ConfigurationError(problems)
     clients = experiment.simulated_clients()
     spec = model_spec(experiment)
-    ranks = {name: client_rank(experiment, strategy, spec, client, method.rank) for name, client in clients.items()}
+    ranks = _ranks(experiment, strategy, spec, method.rank)
     training = {name: rank for name, rank in ranks.items() if clients[name].trains}
     cohort = _cohort(experiment, len(training))
     share = experiment.federation.max_weight_share
@@ -99,6 +99,7 @@ def make_plan(experiment: Experiment) -> Plan:
         *strategy.refusals(training),
         *robust_refusals(rule, strategy, training, cohort, share),
         *secure_refusals(experiment, strategy, cohort),
+        *_evaluation_refusals(experiment, strategy),
     ]:
         raise ConfigurationError(refusals)
     begun = initial_state(experiment, strategy, spec).global_adapter.layout
@@ -115,6 +116,29 @@ def option_problems(table: Mapping[str, Any]) -> list[str]:
             options = choice.get("options", {})
             _attempt(problems, partial(family.create, name, options if isinstance(options, Mapping) else {}))
     return problems
+
+
+def _ranks(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec, default: int) -> dict[str, int]:
+    """Return the rank of every client, as far as it is known before its node is."""
+    found, problems = {}, []
+    for name, settings in experiment.simulated_clients().items():
+        try:
+            found[name] = client_rank(experiment, strategy, spec, settings, default)
+        except ConfigurationError as error:
+            problems.append(f"client {name}: {error}")
+    if problems:
+        raise ConfigurationError(problems)
+    return found
+
+
+def _evaluation_refusals(experiment: Experiment, strategy: AggregationStrategy) -> list[str]:
+    """Say why the server cannot evaluate, if it is to and cannot."""
+    if "server" not in experiment.evaluation.on or not strategy.capabilities.client_memory:
+        return []
+    return [
+        f"the server cannot evaluate under strategy {strategy.plugin_name}: its clients keep factors of their own, and "
+        'there is no one model; set evaluation.on = ["clients"]'
+    ]
 
 
 def _cohort(experiment: Experiment, training: int) -> int:
@@ -185,9 +209,7 @@ def _planned(
         ),
         bytes_down=round(sum(down(name, n, share, judged) for name in ranks for n in range(settings.rounds + 1))),
         largest_download=max(
-            sum(traffic.download(name, sum(cohort_ranks), done))
-            for name in ranks
-            for done in range(settings.rounds + 1)
+            sum(traffic.download(name, WHOLE, done)) for name in ranks for done in range(settings.rounds + 1)
         ),
         notices=tuple(notices),
     )

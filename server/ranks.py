@@ -9,6 +9,9 @@ from common.federation import ModelSpec
 from server.traffic import Traffic
 from strategies import AggregationStrategy
 
+LOOKED_AT = 100
+"""Rounds whose uploads must fit a budget, however many are planned: a run that is extended keeps its ranks."""
+
 
 def client_rank(
     experiment: Experiment,
@@ -44,8 +47,7 @@ def client_rank(
 
 def _affordable(traffic: Traffic, most: int, budget: int) -> int:
     """Return the largest rank whose upload fits the budget in every round."""
-    rounds = range(1, traffic.experiment.federation.rounds + 1)
-    parts = {traffic.strategy.travels(number): number for number in rounds}
+    parts = {traffic.strategy.travels(number).up: number for number in range(1, LOOKED_AT + 1)}
 
     def largest(rank: int) -> int:
         return max(traffic.upload(rank, number) for number in parts.values())

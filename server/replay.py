@@ -1,15 +1,16 @@
 """What another strategy would have made of a past run's replies: merged again, round by round, without training.
 
 Each round stands for itself: its replies were trained on what the run had sent, and the model that is judged is the
-run's own before that round with the round's other merge on top. What follows from a choice over many rounds, only a
-run of its own can tell.
+run's own before that round with the round's other merge on top, without a server optimizer's step. What follows from a
+choice over many rounds, only a run of its own can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from common.adapter import Adapter
 from common.adapter_file import read_state
@@ -26,7 +27,7 @@ from common.workspace import cpu_threads, model_spec, workspace
 from server.cohort import evaluation_cohort
 from server.orders import Order, OrderBook
 from server.screening import screen
-from strategies import AggregationStrategy, aggregation_strategy
+from strategies import AGGREGATION, AggregationStrategy, aggregation_strategy
 from strategies.certificate import certificate
 from strategies.merging import merge_gathered, robust_refusals
 from strategies.optimizers import OPTIMIZERS
@@ -49,7 +50,7 @@ class ReplayedRound:
     effective_rank : float or None
         Mean over layers.
     loss : float or None
-        Held-out loss after this merge, mean weighted by examples; None if it was not asked for.
+        Held-out loss after this merge, mean weighted by examples; None if it was not asked for or no client evaluates.
     discarded_energy : float or None
         Where the strategy says so.
     reason : str
@@ -111,6 +112,17 @@ class _Past:
         return screen(order, answer, {"update": parcel}, state, self.experiment.federation)
 
 
+def own_choices(name: str, home: Path, strategy: str) -> dict[str, Any]:
+    """Return the tables a replay begins with: the run's robust rule, and its options where the strategy is its own."""
+    with RunStore.open(home, read_only=True) as store:
+        experiment = Experiment.from_json(store.get_run(name).experiment)
+    same = experiment.strategy.name == strategy
+    return {
+        "strategy": {"name": strategy, "options": dict(experiment.strategy.options) if same else {}},
+        "robust": experiment.robust.model_dump(),
+    }
+
+
 def replay(
     name: str, home: Path, strategy: AggregationStrategy, rule: RobustRule | None = None, evaluate: bool = True
 ) -> Iterator[ReplayedRound]:
@@ -125,7 +137,7 @@ def replay(
     strategy : AggregationStrategy
         What merges.
     rule : RobustRule, optional
-        What judges the replies before.
+        What judges the replies before; a cap on weights stays as the run had it.
     evaluate : bool
         Also measure the held-out loss of the clients after each merge; needs their data on this machine.
 
@@ -137,9 +149,7 @@ def replay(
     Raises
     ------
     UserError
-        If the run kept no replies.
-    ConfigurationError
-        If strategy and rule do not go together.
+        If the run kept no replies, or they are not whole.
     """
     rule = rule or ROBUST.create("none")
     identify_task(1)  # orders are built to read the replies, though nobody gets them
@@ -148,6 +158,11 @@ def replay(
         experiment = Experiment.from_json(run.experiment)
         if experiment.secure_aggregation.enabled:
             raise UserError(f"the replies of run {run.id} are masked; nobody can merge them in another way")
+        if AGGREGATION.plugin(experiment.strategy.name).capabilities.client_memory:
+            raise UserError(
+                f"the replies of run {run.id} are not whole: under strategy {experiment.strategy.name} every client "
+                "keeps factors of its own; there is nothing else to make of them"
+            )
         past = _Past(store, run, experiment, model_spec(experiment))
         rounds = [row for row in store.rounds(run.id) if row.round and row.status == "committed"]
         kept = {artefact.round for artefact in store.artefacts(run.id, "reply")}
@@ -166,14 +181,13 @@ def _replayed(
     losses = past.store.metrics(past.run.id, "held_out_loss", client="")
     was = next((metric.value for metric in losses if metric.round == row.round), None)
     known = ReplayedRound(row.round, len(updates), was_error=row.error, was_loss=was)
-    if refused := robust_refusals(rule, strategy, {u.client: _rank(u) for u in updates}, len(updates)):
-        raise ConfigurationError(refused)
-    if not strategy.capabilities.mixed_ranks and (refused := strategy.refusals({u.client: _rank(u) for u in updates})):
-        raise ConfigurationError(refused)
+    cap = past.experiment.federation.max_weight_share
+    if refusals := _refusals(strategy, rule, updates, cap):
+        return replace(known, reason="; ".join(refusals))
     with cpu_threads(past.experiment.training.threads):
         try:
-            after, judgement = merge_gathered(strategy, rule, OPTIMIZERS.create("none"), before, updates, starts)
-        except ClientError as error:
+            after, judgement = merge_gathered(strategy, rule, OPTIMIZERS.create("none"), before, updates, starts, cap)
+        except (ClientError, ConfigurationError) as error:
             return replace(known, reason=str(error))
         if after.merged is None:
             return replace(known, reason=f"{strategy.plugin_name} makes no one model of the replies")
@@ -190,11 +204,20 @@ def _replayed(
         )
 
 
+def _refusals(
+    strategy: AggregationStrategy, rule: RobustRule, updates: Sequence[ClientUpdate], cap: float | None
+) -> list[str]:
+    """List why these replies cannot be merged so; empty if they can."""
+    ranks = {update.client: _rank(update) for update in updates}
+    mixed = [] if strategy.capabilities.mixed_ranks else strategy.refusals(ranks)
+    return [*mixed, *robust_refusals(rule, strategy, ranks, len(updates), cap)]
+
+
 def _rank(update: ClientUpdate) -> int:
     return max((rank for *_, rank in update.adapter.layout.layers), default=0)
 
 
-def _loss(past: _Past, before: ServerState, after: ServerState) -> float:
+def _loss(past: _Past, before: ServerState, after: ServerState) -> float | None:
     """Return the clients' held-out loss of the run's model before the round with this merge on top."""
     assert after.merged is not None
     layers: dict[str, Update] = dict(before.global_adapter.layers)
@@ -211,4 +234,4 @@ def _loss(past: _Past, before: ServerState, after: ServerState) -> float:
         rows = place.task.client_data(name, clients, past.experiment.seed).held_out
         total += place.task.evaluate(place.adapted.model, rows)["loss"] * len(rows)
         weight += len(rows)
-    return total / weight
+    return total / weight if weight else None

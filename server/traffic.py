@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from common.adapter import Layout
+from common.errors import ConfigurationError
 from common.experiment import Experiment
 from common.federation import ModelSpec, Part
 from common.secure.upload import masked_bytes
@@ -16,6 +17,9 @@ from server.bounds import download_bound, numbers_at, rank_limit
 from server.cohort import is_evaluated
 from strategies import AggregationStrategy
 from strategies.optimizers import OPTIMIZERS, ServerOptimizer
+
+WHOLE = 1 << 30
+"""A rank that no adapter exceeds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,7 @@ class Traffic:
 
     def evaluation(self, client: str, number: int) -> int:
         """Bytes sent for one evaluation, which needs the whole start adapter."""
-        return sum(self.download(client, sum(self.cohort), number)) if is_evaluated(self.experiment, number) else 0
+        return sum(self.download(client, WHOLE, number)) if is_evaluated(self.experiment, number) else 0
 
     def download(self, client: str, rank: int, merges: int) -> tuple[int, int]:
         """Bytes of the start adapter, and of what a node holds on to (global adapter, frames), after so many merges.
@@ -73,17 +77,22 @@ class Traffic:
         part = strategy.travels(merges + 1).down
         held, grown = self._optimizer.expected_ranks(strategy, rank, self.cohort, merges)
         start, merged = self._layout(held, dense=part == "sparse"), self._merged(grown)
+        bound, frames = download_bound(self.experiment, client), self._frames(merges)
         free = part == "ab" and not strategy.capabilities.same_coordinates
-        limit = rank_limit(merged, start, download_bound(self.experiment, client), wire, free)
-        numbers = numbers_at(start, limit) if free else part_numel(start, part, self._density(part))
-        return wire_bytes(numbers, wire), wire_bytes(numbers_at(merged, limit), wire) + self._frames(merges)
+        whole = wire_bytes(part_numel(start, part, self._density(part)), wire)
+        try:
+            limit = rank_limit([merged, *[start] * free], frames + whole * (not free), bound, wire)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"client {client}: {error}") from None
+        first = wire_bytes(numbers_at(start, limit), wire) if free else whole
+        return first, wire_bytes(numbers_at(merged, limit), wire) + frames
 
     def _frames(self, merges: int) -> int:
-        """Bytes of the frames that a client first needs after so many merges."""
+        """Bytes of the frames that a client first needs after so many merges; they travel in fp32."""
         if [self.strategy.travels(number).down == "core" for number in (merges, merges + 1)] != [False, True]:
             return 0
-        rank = self.strategy.expected_ranks(sum(self.cohort), self.cohort, merges)[0]
-        return wire_bytes(self._layout(rank).numel - self._heads, self.experiment.federation.wire_down)
+        rank = self.strategy.expected_ranks(WHOLE, self.cohort, merges)[0]
+        return wire_bytes(self._layout(rank).numel - self._heads, "fp32")
 
     def _merged(self, grown: int) -> Layout:
         """Return the layout of the global adapter, each layer in its smaller form."""

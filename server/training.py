@@ -112,7 +112,9 @@ class Collection:
         """Merge what was accepted, and record what is left of each client's weight."""
         federation = self.federation
         if not federation.gathers:
-            merged = federation.strategy.finish(self.state, self.accumulated)
+            accumulated, self.accumulated = self.accumulated, None
+            merged = federation.strategy.finish(self.state, accumulated)
+            del accumulated
             return federation.optimizer.step(self.state, merged, federation.strategy)
         self.accumulated = None
         after, judgement = merge_gathered(

@@ -11,6 +11,7 @@ from common.experiment import Experiment, PluginChoice
 from common.methods import METHODS
 from common.store import RunStore
 from common.tasks import TASKS
+from strategies import AGGREGATION
 
 RUN = "run:"
 
@@ -40,6 +41,11 @@ def _fixed(text: str, home: Path) -> str:
     if text.startswith(RUN):
         with RunStore.open(home, read_only=True) as store:
             run = store.get_run(text.removeprefix(RUN))
+        if AGGREGATION.plugin(run.strategy).capabilities.client_memory:
+            raise UserError(
+                f"run {run.id} has no one model; start from a client's: "
+                f"lorafleet export {run.id} --client NAME --out DIR"
+            )
         if run.adapter_path is None:
             raise UserError(f"run {run.id} has no adapter to start from yet; let it finish first")
         return str((home / run.adapter_path).absolute())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from server.plan import make_plan, rank_summary
 from server.progress import announce
 from server.rounds import out_of_patience
 from simulations.places import with_fixed_places
+from strategies import AGGREGATION
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,8 @@ def resume(
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
             begun = _checked(run, with_fixed_places(experiment, place) if experiment else None, any_code)
-            if from_round is not None and begun.secure_aggregation.enabled:
-                raise UserError(
-                    f"run {run.id} summed its updates under masks; clients do not let a round be summed twice, so it "
-                    "cannot go back: start a new run"
-                )
             if from_round is not None:
+                _check_way_back(begun, store.rounds(run.id), run, from_round)
                 run = rewind(store, run.id, from_round)
             wanted = begun.federation.rounds if rounds is None else rounds
             extended = rounds is not None or from_round is not None
@@ -163,6 +160,21 @@ def _checked(run: Run, experiment: Experiment | None, any_code: bool) -> Experim
             "resume it with that version, or with --any-code, which gives up the promise of equal bits"
         )
     return begun
+
+
+def _check_way_back(begun: Experiment, rounds: Sequence[Round], run: Run, number: int) -> None:
+    """Refuse to go back to a round that clients could not train again as they did."""
+    if begun.secure_aggregation.enabled:
+        raise UserError(
+            f"run {run.id} summed its updates under masks; clients do not let a round be summed twice, so it "
+            "cannot go back: start a new run"
+        )
+    earliest = rounds[-1].round - 1 if rounds else 0
+    if 0 < number < earliest and AGGREGATION.plugin(run.strategy).capabilities.client_memory:
+        raise UserError(
+            f"under strategy {run.strategy} clients keep factors of their own, those of the newest two rounds; "
+            f"go back to round {earliest}, or to 0"
+        )
 
 
 def _drive(run: Run, experiment: Experiment, home: Path) -> FinishedRun:

@@ -73,12 +73,12 @@ class AlternatingSum:
             frozen = [self._given_a(name, rank, inn).reshape(-1) for name, _, inn, rank in layers]
             return self.total.mean(torch.cat(frozen) if frozen else torch.empty(0))
         mean = self.total.mean()
-        layers: dict[str, Update] = {}
+        whole = dict(self.state.start.layers)
         for name, learned in mean.layers.items():
-            held, rows = self.state.start.layers[name], learned.dense()
+            held, rows = whole[name], learned.dense()
             assert isinstance(held, LowRank)
-            layers[name] = LowRank(held.b.to(rows.dtype), rows)
-        return Adapter.pack({**self.state.start.layers, **layers}, mean.extras, mean.method)
+            whole[name] = LowRank(held.b.to(rows.dtype), rows)
+        return Adapter.pack(whole, mean.extras, mean.method)
 
     def _holds_given(self, name: str, part: LowRank) -> bool:
         """Tell whether the factor that was not to learn is the one given."""

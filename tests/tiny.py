@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 
 from client.app import app as client_app
 from common.experiment import Experiment
-from common.experiment_file import apply_override
+from common.experiment_file import apply_override, load_experiment
 from common.store import RunStore
 from server.app import app as server_app
 from server.app import create_run
@@ -64,6 +64,13 @@ def tiny_table(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> 
 def tiny(folder: Path, *overrides: str, ranks: dict[str, int] = RANKS) -> Experiment:
     """Build a tiny experiment; ``overrides`` are as for ``--set``."""
     return Experiment.parse(tiny_table(folder, *overrides, ranks=ranks))
+
+
+def synthetic(*overrides: str, ranks: Sequence[int] = (2, 4, 4, 8)) -> Experiment:
+    """Build an even smaller experiment, on drawn numbers: four rounds of a quarter of a second."""
+    known = [f"clients.client-{number}.rank={rank}" for number, rank in enumerate(ranks, 1)]
+    shape = ["federation.rounds=4", "training.steps=2", "simulation.workers=2"]
+    return load_experiment("synthetic", [*known, *shape, *overrides])
 
 
 def drive(experiment: Experiment, home: Path, client: Client = client_app, run: str = "") -> FinishedRun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 def replay_run(run: str, strategy: str, overrides: Sequence[str], evaluate: bool, output: Output) -> int:
     """Merge a run's kept replies with another strategy; show or print what came of it."""
-    from server.replay import replay
+    from server.replay import own_choices, replay
     from strategies import AGGREGATION
     from strategies.robust import ROBUST
 
-    table: dict[str, Any] = {"strategy": {"name": strategy}, "robust": {"name": "none"}}
-    for override in overrides:
-        apply_override(table, override)
     if unknown := [override for override in overrides if not override.startswith(("strategy.options.", "robust."))]:
         raise ConfigurationError(
             f"--set {unknown[0]}: a replay takes strategy.options.KEY and robust.KEY; all else is as the run had it"
         )
+    table = own_choices(run, output.home, strategy)
+    for override in overrides:
+        apply_override(table, override)
     merging = AGGREGATION.create(strategy, table["strategy"].get("options"))
     rule = ROBUST.create(table["robust"]["name"], table["robust"].get("options"))
     rounds = replay(run, output.home, merging, rule, evaluate)

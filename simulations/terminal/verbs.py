@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +111,17 @@ def compare(
     return 0
 
 
-def export(run: str, out: Path, form: Format, number: int | None, best: bool, output: Output) -> int:
+def export(
+    run: str, out: Path, form: Format, number: int | None, best: bool, client: str | None, output: Output
+) -> int:
     """Write a run's adapter for somebody else."""
     if best and number is not None:
         raise UserError("--round and --best exclude one another; give one")
     from server.export import export
+    from simulations.personal import with_kept
 
-    path = export(run, output.home, out, form, round=number, best=best)
+    own = partial(with_kept, client) if client else None
+    path = export(run, output.home, out, form, round=number, best=best, own=own)
     output.show({"path": str(path.absolute()), "format": form}, f"written: {path}")
     return 0
 

@@ -126,7 +126,7 @@ class FedSB(AggregationStrategy):
             layers, heads, frames = framed_layers(accumulated.mean(), self._seed(state))
             start, extras = Adapter.pack(layers, heads, state.spec.method), {**state.extras, **frames}
         else:
-            start, extras = accumulated.mean(), state.extras
+            start, extras = accumulated.mean(), dict(state.extras)
         return replace(state, start=start, round=state.round + 1, merged=start, extras=extras)
 
     def _seed(self, state: ServerState) -> int:

@@ -77,7 +77,8 @@ def main() -> None:
         f"{len(LAYERS)} matrices of {SIZE} × {SIZE}, ten clients: ranks {', '.join(map(str, MIXED))}, or rank "
         f"{EQUAL[0]} for all where a strategy needs equal ones; LoRA-LEGO makes 16 clusters. Processor time of one "
         "merge on one thread, replies checked, added and finished; peak memory above the replies, which are drawn and "
-        "held in memory, and of the whole process; error relative to the exact average, from the factors. Replies are independent random changes, the worst case for lossy merges. SLoRA's second stage merges as FedAvg does.",
+        "held in memory, and of the whole process; error relative to the exact average, from the factors. Replies are "
+        "independent random changes, the worst case for lossy merges. SLoRA's second stage merges as FedAvg does.",
         ["strategy", "upload", "seconds", "memory above the replies", "memory of the process", "error"],
         [[name, *merge] for name, merges in sorted(done["strategies"].items()) for merge in merges],
     )

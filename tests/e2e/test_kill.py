@@ -54,9 +54,9 @@ def work(home, experiment, point):
             if point == f"{step.kind} {seen[step.kind]}":
                 die()
 
-    def training(place, rows, position, trains):
+    def training(place, rows, position, *more):
         note("trained", position.round, position.client)
-        return train(place, rows, position, trains)
+        return train(place, rows, position, *more)
 
     def committing(store, row, *given, **more):
         if (row.round, point) == (2, "before the transaction"):

@@ -355,8 +355,9 @@ def parcels(count: int) -> list[Parcel]:
 def test_a_version_is_held_once_and_the_last_two_stay(tmp_path: Path) -> None:
     made = parcels(4)
     for parcel in (*made, made[-1], replace(made[-1], sha256="")):
-        hold(tmp_path, parcel)
-    assert {path.name for path in tmp_path.iterdir()} == {f"global-{p.sha256[:32]}.safetensors" for p in made[2:]}
+        hold(tmp_path, parcel, made.index(parcel) if parcel.sha256 else 3)
+    kept = {f"global-{number:08d}-{made[number].sha256[:32]}.safetensors" for number in (2, 3)}
+    assert {path.name for path in tmp_path.iterdir()} == kept
     assert held(tmp_path, made[2].sha256).sha256() == unseal(made[2]).sha256()
     with pytest.raises(ClientError, match="must be sent again"):
         held(tmp_path, made[0].sha256)
@@ -364,9 +365,18 @@ def test_a_version_is_held_once_and_the_last_two_stay(tmp_path: Path) -> None:
         held(None, made[2].sha256)
 
 
+def test_all_of_one_base_version_stay(tmp_path: Path) -> None:
+    """Where downloads are bounded, clients of one machine hold different ones."""
+    made = parcels(6)
+    for number, parcel in enumerate(made):
+        hold(tmp_path, parcel, number // 3)
+    for parcel in made:
+        assert held(tmp_path, parcel.sha256).sha256() == unseal(parcel).sha256()
+
+
 def test_a_held_version_that_is_damaged_is_dropped(tmp_path: Path) -> None:
     (parcel,) = parcels(1)
-    hold(tmp_path, parcel)
+    hold(tmp_path, parcel, 0)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

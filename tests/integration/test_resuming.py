@@ -80,9 +80,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     noted: list[tuple[int, str]] = []
     train = client.work.train
 
-    def noting(place: object, rows: object, position: object, trains: object) -> object:
+    def noting(place: object, rows: object, position: object, *more: object) -> object:
         noted.append((position.round, position.client))  # type: ignore[attr-defined]
-        return train(place, rows, position, trains)  # type: ignore[arg-type]
+        return train(place, rows, position, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(client.work, "train", noting)
     return noted

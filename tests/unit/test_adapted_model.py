@@ -351,10 +351,12 @@ def test_what_is_loaded_is_copied() -> None:
     assert torch.equal(given.flat, before)
 
 
-def test_a_dense_layer_cannot_be_trained() -> None:
+def test_a_dense_layer_that_nobody_says_learns_does_not() -> None:
     model = adapted()
-    with pytest.raises(ConfigurationError, match="is dense; only low-rank"):
-        model.load(random_adapter(model, 4, dense=True))
+    given = random_adapter(model, 4, dense=True)
+    model.load(given)
+    assert not any(parameter.numel() for parameter in model.train_only("sparse"))
+    assert torch.equal(model.read().flat, given.flat)
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
