@@ -27,7 +27,7 @@ def order_key(order: TrainOrder, start: Parcel) -> str:
 
 def keep_answer(folder: Path, key: str, answer: TrainAnswer, update: Parcel) -> None:
     """Replace the stored answer, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what a client learned is its own
     temporary = folder / f".{FILE}.{os.getpid()}.tmp"  # hidden: what a kill leaves is removed with the run's lock
     hashed = replace(update, sha256=update.digest)  # damage on this disk must be found here
     temporary.write_bytes(parcel_bytes(hashed, answer.model_dump_json(), key))

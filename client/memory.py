@@ -22,7 +22,8 @@ KEPT = 2
 def remember(folder: Path, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
     """Keep tensors of round ``number``, atomically, and those of the round before; later ones were taken back."""
     place = folder / "memory"
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place.mkdir(mode=0o700, exist_ok=True)
     path = place / _name(kind, number)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))

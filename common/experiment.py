@@ -150,7 +150,10 @@ class FederationSettings(Section):
     )
     wire_down: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of downloads.")
     download_rank: int | None = Field(
-        None, ge=1, description="Largest rank of a downloaded layer; cut by SVD, the loss is recorded."
+        None,
+        ge=1,
+        description="Largest rank of a downloaded layer; cut by SVD, the loss is recorded. Not below the clients' rank "
+        "where a strategy starts all of them from the same numbers.",
     )
     download_energy: float | None = Field(
         None, gt=0, lt=1, description="Share of each downloaded layer's squared norm to keep."

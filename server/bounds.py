@@ -16,6 +16,7 @@ from common.experiment import Experiment
 from common.lowrank import Dense, Update
 from common.wire import WireFormat, wire_bytes
 from server.cohort import DEFAULTS
+from strategies import AGGREGATION, AggregationStrategy
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,31 @@ def rank_limit(layouts: Sequence[Layout], fixed: int, bound: Bound, wire: WireFo
     if fits == most:
         return bound.rank
     return fits if bound.rank is None else min(fits, bound.rank)
+
+
+def bound_refusals(experiment: Experiment, strategy: AggregationStrategy, ranks: Sequence[int]) -> list[str]:
+    """List, in sentences, why downloads of this strategy cannot be cut as they should be; empty if they can.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The settings.
+    strategy : AggregationStrategy
+        One whose start adapter is the same for all cannot have it cut.
+    ranks : sequence of int
+        Of the clients that train.
+    """
+    if not strategy.capabilities.same_coordinates:
+        return []
+    federation, found = experiment.federation, []
+    cutting = [name for name in AGGREGATION.names() if not AGGREGATION.plugin(name).capabilities.same_coordinates]
+    advice = f"or use a strategy whose downloads can be cut: {', '.join(cutting)}"
+    why = f"strategy {strategy.plugin_name} starts every client from the same numbers, so"
+    if federation.download_rank is not None and federation.download_rank < max(ranks):
+        found.append(
+            f"{why} federation.download_rank = {federation.download_rank} cannot be below the clients' rank "
+            f"{max(ranks)}; give the clients that rank, {advice}"
+        )
+    if federation.download_energy is not None and not strategy.expected_ranks(max(ranks), ranks, 1)[1]:
+        found.append(f"{why} federation.download_energy would cut nothing; leave it out, {advice}")
+    return found

@@ -15,6 +15,7 @@ from common.experiment import Experiment
 from common.federation import ModelSpec
 from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
+from server.bounds import bound_refusals
 from server.initial import initial_state
 from server.ranks import client_rank
 from server.secure.refusals import secure_refusals
@@ -99,6 +100,7 @@ def make_plan(experiment: Experiment) -> Plan:
         *strategy.refusals(training),
         *robust_refusals(rule, strategy, training, cohort, share),
         *secure_refusals(experiment, strategy, cohort),
+        *bound_refusals(experiment, strategy, list(training.values())),
         *_evaluation_refusals(experiment, strategy),
     ]:
         raise ConfigurationError(refusals)

@@ -76,7 +76,8 @@ NOTES = (
     "held-out loss and perplexity are means over the clients weighted by examples. Megabytes are all adapter traffic, "
     "that of evaluation included. *Excess loss* is what is left to the known optimum of a synthetic task. "
     "*Merge error* is the distance to the exact average of the updates, as a mean over rounds. "
-    "*Left out* counts replies that were refused or did not come. *centralised* is one client that trains on the data of all, as many steps as all do together; *local* is each "
+    "*Left out* counts replies that were refused or did not come. "
+    "*centralised* is one client that trains on the data of all, as many steps as all do together; *local* is each "
     "owner alone, judged by its own held-out part. Both are made for the experiment before anything is varied, and "
     "send no adapters."
 )

@@ -38,7 +38,7 @@ def replay_run(run: str, strategy: str, overrides: Sequence[str], evaluate: bool
     quiet = output.as_json or not shown.is_terminal
     found = list(track(rounds, "merging again", console=shown, transient=True, disable=quiet))
     if all(each.reason for each in found):
-        raise UserError(f"{strategy} can merge no round of run {run}: {found[0].reason}")
+        raise UserError(f"{strategy} can merge no round of that run: {found[0].reason}")
     output.show(
         {"run": run, "strategy": strategy, "robust": rule.plugin_name, "rounds": [asdict(each) for each in found]},
         _view(strategy, found),

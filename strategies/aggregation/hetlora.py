@@ -12,7 +12,8 @@ Cho, Liu, Xu, Fahrezi, Joshi: Heterogeneous LoRA for Federated Fine-tuning of On
 arXiv 2401.06432; slot-wise weights: Chen, Tavallaie, Nazemi, Zomaya: RBLA: Rank-Based-LoRA-Aggregation for Fine-tuning
 Heterogeneous Models in FLaaS, arXiv 2408.08699. Departures: the scale is wholly in ``b``, so with unequal scales the
 factors mix otherwise than with its root in both; if all updates are zero, all count alike; slots that no update of the
-round carries start afresh, with ``b`` = 0, since zeros in both factors would never learn.
+round carries start afresh, with ``b`` = 0, since zeros in both factors would never learn; at least one
+slot is given up at a time, where the paper's ⌈γ r⌉ would leave small ranks as they are.
 
 Two warnings: examples count only in heads and with ``weights = "examples"``, so that a client gains weight by sending a
 larger update; and slots of the widest client alone leave the server as they are, but for their weight. ``flexlora`` has

@@ -323,3 +323,76 @@ def test_lora_fair_corrects_by_ridge_regression(layer: str) -> None:
     exact = expected("homo", f"{layer}/exact/delta")
     missed = float((merged(state, layer) - exact).norm() / exact.norm())
     assert missed == pytest.approx(EXPECTED["homo"]["layers"][layer]["fair_ridge_rel_err"], rel=1e-12)
+
+
+def merge_from(
+    strategy: AggregationStrategy,
+    layer: str,
+    start: LowRank,
+    rounds: int,
+    updates: list[LowRank],
+    extras: dict[str, Tensor] | None = None,
+) -> ServerState:
+    """Merge the homo clients' updates of a run that has merged some rounds, whose clients began with these factors."""
+    before = strategy.init(ModelSpec({layer: start.shape}, seed=0))
+    before = replace(before, start=Adapter.pack({layer: start}), round=rounds, extras=extras or {})
+    pairs = zip(updates, numbers("homo"), strict=True)
+    return strategy.aggregate(
+        before, [ClientUpdate(f"c{i}", Adapter.pack({layer: part}), n) for i, (part, n) in enumerate(pairs)]
+    )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rolora_averages_a_over_one_b(layer: str) -> None:
+    """Clients hold factors in float32, so the vectors' b is rounded to that first."""
+    shared = (expected("homo", f"{layer}/rolora_a_round/B_shared") * EXPECTED["homo"]["scale"]).float().double()
+    updates = [LowRank(shared, part.a) for part in parts("homo", layer)]
+    start = LowRank(shared, torch.zeros_like(updates[0].a))
+    state = merge_from(aggregation_strategy("rolora"), layer, start, 1, updates)
+    factors = state.start.layers[layer]
+    assert isinstance(factors, LowRank)
+    assert torch.equal(factors.b, shared)
+    assert_close(factors.a, expected("homo", f"{layer}/rolora_a_round/A"))
+    delta = expected("homo", f"{layer}/rolora_a_round/delta")
+    assert float((merged(state, layer) - delta).norm() / delta.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rolora_averages_b_over_one_a(layer: str) -> None:
+    shared = expected("homo", f"{layer}/ffa/A_shared").float().double()
+    updates = [LowRank(part.b, shared) for part in parts("homo", layer)]
+    start = LowRank(torch.zeros_like(updates[0].b), shared)
+    state = merge_from(aggregation_strategy("rolora"), layer, start, 2, updates)
+    factors = state.start.layers[layer]
+    assert isinstance(factors, LowRank)
+    assert torch.equal(factors.a, shared)
+    assert_close(factors.b / EXPECTED["homo"]["scale"], expected("homo", f"{layer}/ffa/B"))
+    delta = expected("homo", f"{layer}/ffa/delta")
+    assert float((merged(state, layer) - delta).norm() / delta.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fedsa_lora_averages_a_alone(layer: str) -> None:
+    updates = [LowRank(torch.zeros_like(part.b), part.a) for part in parts("homo", layer)]
+    state = merge(aggregation_strategy("fedsa_lora"), layer, updates, numbers("homo"))
+    factors = state.start.layers[layer]
+    assert isinstance(factors, LowRank)
+    assert not factors.b.any()
+    assert_close(factors.a, expected("homo", f"{layer}/fedsa/A"))
+    for i, part in enumerate(parts("homo", layer)):
+        assert_close(part.b @ factors.a, expected("homo", f"{layer}/fedsa/delta_c{i}"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fed_sb_averages_cores_between_frames(layer: str) -> None:
+    b, a = expected("homo", f"{layer}/fedsb/B"), expected("homo", f"{layer}/fedsb/A")
+    scale = EXPECTED["homo"]["scale"]
+    cores = [expected("homo", f"{layer}/fedsb/c{i}/R") * scale for i in range(3)]
+    extras = {f"fed_sb.b/{layer}": b, f"fed_sb.a/{layer}": a}
+    updates = [LowRank(b @ core, a) for core in cores]
+    state = merge_from(aggregation_strategy("fed_sb"), layer, LowRank(b @ cores[0], a), 2, updates, extras)
+    assert_close(merged(state, layer), expected("homo", f"{layer}/fedsb/delta"))
+    assert_close(b.T @ merged(state, layer) @ a.T / scale, expected("homo", f"{layer}/fedsb/R"))
+    assert {name: value.data_ptr() for name, value in state.extras.items()} == {
+        name: value.data_ptr() for name, value in extras.items()
+    }
