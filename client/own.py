@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from client.memory import remember
-from common.adapter import Adapter, outer_views
+from common.adapter import Adapter, Layout, outer_views
 from common.errors import TrainingError
 from common.lowrank import LowRank, Update
 from strategies.updates import all_finite
@@ -39,7 +39,7 @@ def with_own(adapter: Adapter, own: Mapping[str, Tensor] | None) -> Adapter:
     layout = adapter.layout
     if own is None or own["b"].shape != (layout.outer_numel,):
         return adapter
-    outer, _ = outer_views(own["b"], layout)
+    outer, _ = outer_views(own["b"], Layout(layout.layers))
     layers: dict[str, Update] = {
         name: LowRank(outer[name], part.a) for name, part in adapter.layers.items() if isinstance(part, LowRank)
     }

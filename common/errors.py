@@ -20,6 +20,7 @@ Every message is one line: what was wrong, what was expected, what to do.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 
 
@@ -83,3 +84,10 @@ class RunError(LoRAFleetError):
     """The run cannot go on; the operator must act."""
 
     exit_code = 3
+
+
+def shortened(value: object) -> str:
+    """Show a value that a stranger wrote: on one line, however long or deep it is."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 200
+    return shown.repr(value)

@@ -6,21 +6,35 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
+import torch
+from peft import LoraConfig, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.adapter import Adapter
 from common.adapter_file import read_adapter_file
-from common.errors import ConfigurationError, CorruptArtefact, DataError
+from common.errors import ConfigurationError, CorruptArtefact, DataError, shortened
+from common.layer_patterns import LONGEST, LayerTable
 from common.lowrank import LowRank, Update
+from common.peft_state import PREFIX, A, B
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+LARGEST_CONFIG = 1_000_000
+"""Bytes; PEFT writes about one thousand, and a line for every layer with a rank of its own."""
+LARGEST_ALPHA = 1e6
+NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+"""A module's weight; a layer's name also becomes a pattern of what we write."""
+NUMBERS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 
 NOT_PLAIN = (
     "alora_invocation_tokens",
@@ -50,66 +64,136 @@ def read_adapter(place: Path) -> Adapter:
         If there is no adapter, it cannot be read, or it is no plain LoRA.
     """
     if os.path.isdir(place):  # unlike Path.is_dir, never raises
-        return _read_folder(place)
+        return plain_adapter(place, *open_folder(place))
     try:
+        if os.path.exists(place):
+            _opened(place).close()
         return read_adapter_file(place)
-    except CorruptArtefact as error:
+    except (CorruptArtefact, OSError) as error:
         raise DataError(f"{error}; give a PEFT folder or an adapter file of LoRAFleet") from None
 
 
-def _read_folder(folder: Path) -> Adapter:
+def open_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Read a PEFT folder's configuration and tensors, whatever they mean; only regular files, and no endless ones.
+
+    Raises
+    ------
+    DataError
+        If they cannot be read.
+    """
     try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with _opened(folder / CONFIG) as file:
+            content = file.read(LARGEST_CONFIG + 1)
+        if len(content) > LARGEST_CONFIG:
+            raise ValueError(f"{CONFIG} is larger than {LARGEST_CONFIG} bytes")
+        raw = json.loads(content.decode("utf-8"))
+        _opened(folder / WEIGHTS).close()
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except RecursionError:
+        raise DataError(f"{folder}: {CONFIG} is nested too deeply; expected what PEFT writes") from None
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} is no readable PEFT folder ({error}); expected {CONFIG} and {WEIGHTS}") from None
-    if reason := _not_plain(raw):
+    if not isinstance(raw, dict):
+        raise DataError(f"{folder} holds no adapter configuration; only plain LoRA can be taken over")
+    return raw, tensors
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a regular file; a pipe does not make us wait, a device is not read."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(f"{path} is no regular file")
+
+
+def plain_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """Build the adapter of a PEFT folder from what `open_folder` read.
+
+    Raises
+    ------
+    DataError
+        If it is no plain LoRA, or the configuration does not fit the tensors.
+    """
+    if reason := _not_plain(config):
         raise DataError(f"{folder} holds {reason}; only plain LoRA can be taken over")
-    layers: dict[str, Update] = {}
+    names = {key: key.removeprefix(PREFIX) for key in tensors}
+    for key, name in names.items():
+        if not NAME.fullmatch(name) or len(name) > LONGEST:
+            raise DataError(
+                f"{folder}: tensor {shortened(key)} is named as no module's weight; expected names and dots"
+            )
+        if tensors[key].dtype not in NUMBERS:
+            raise DataError(f"{folder}: {name} holds {tensors[key].dtype}; expected plain numbers, such as float32")
+    found = [name.removesuffix(A) for name in names.values() if name.endswith(A)]
+    scaled = _Scales(folder, config, len(found))
+    layers: dict[str, Update] = {layer: scaled.factors(layer, tensors) for layer in found}
     extras: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            b = tensors.get(f"{PREFIX}{layer}.lora_B.weight")
-            if b is None:
-                raise DataError(f"{folder}: layer {layer} has lora_A but no lora_B")
-            a, b = tensor.float().flatten(1), b.float().flatten(1)
-            layers[layer] = LowRank(b * layer_scaling(raw, layer, len(a)), a)
-        elif "lora_" in name and not name.endswith(".lora_B.weight"):
+    for key, name in names.items():
+        if name.endswith(B):
+            if layers and name.removesuffix(B) not in layers:
+                raise DataError(f"{folder}: layer {name.removesuffix(B)} has lora_B but no lora_A")
+        elif "lora_" in name and not name.endswith(A):
             raise DataError(f"{folder}: {name} is not expressible as plain LoRA factors")
         elif "lora_" not in name:
-            extras[name] = tensor.float()
+            extras[name] = tensors[key].float()
     if not layers:
         raise DataError(f"{folder} holds no LoRA layer")
     return Adapter.pack(layers, extras)
 
 
-def _not_plain(config: object) -> str:
+def _not_plain(config: Mapping[str, Any]) -> str:
     """Say what makes a configuration more than plain LoRA; empty if nothing does."""
-    if not isinstance(config, dict):
-        return "no adapter configuration"
     if config.get("peft_type") != "LORA":
-        return f"{config.get('peft_type')} weights"
+        return (
+            f"{config['peft_type']} weights"
+            if config.get("peft_type") in list(PeftType)
+            else "no known kind of weights"
+        )
     if config.get("bias", "none") != "none":
-        return f"trained biases (bias {config['bias']!r})"
-    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING):
-        return f"factors for changed base weights (init_lora_weights {config['init_lora_weights']!r})"
+        return f"trained biases (bias {shortened(config['bias'])})"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(BASE_CHANGING):
+        return f"factors for changed base weights (init_lora_weights {shortened(start)})"
     return next((f"LoRA with {key}" for key in NOT_PLAIN if config.get(key)), "")
 
 
-def layer_scaling(config: Mapping[str, object], layer: str, rank: int) -> float:
-    """Return the factor PEFT applies to one layer, from a configuration's alpha, patterns and rsLoRA flag."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise DataError(f"alpha_pattern is {patterns!r}; expected a table of layers")
-    try:
-        alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha"))
-    except re.error as error:
-        raise DataError(f"alpha_pattern has a key that is no regular expression: {error}") from None
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise DataError(f"layer {layer} has lora_alpha {alpha!r}; expected a number")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+class _Scales:
+    """The scales and ranks that a configuration gives its layers."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], layers: int) -> None:
+        self.folder, self.config = folder, config
+        try:
+            self.alphas = LayerTable("alpha_pattern", config.get("alpha_pattern"), layers)
+            self.ranks = LayerTable("rank_pattern", config.get("rank_pattern"), layers)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
+
+    def factors(self, layer: str, tensors: Mapping[str, Tensor]) -> LowRank:
+        """Return a layer's factors, the scale PEFT applies in ``b``."""
+        key = next(key for key in (f"{PREFIX}{layer}{A}", f"{layer}{A}") if key in tensors)
+        a, b = tensors[key], tensors.get(f"{PREFIX}{layer}{B}")
+        if b is None:
+            raise DataError(f"{self.folder}: layer {layer} has lora_A but no lora_B")
+        shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+        if min(a.dim(), b.dim()) < 2 or not a.numel() or not b.numel() or b.shape[1] != len(a) or b[0, 0].numel() > 1:
+            raise DataError(f"{self.folder}: layer {layer}: {shapes} do not form b (out, r) @ a (r, in)")
+        rank = self.ranks.get(layer, self.config.get("r"))
+        if type(rank) is not int or rank != len(a):
+            raise DataError(
+                f"{self.folder}: layer {layer} has rank {shortened(rank)} by {CONFIG}, but its tensors are {shapes}, "
+                f"of rank {len(a)}; PEFT cannot load such a folder, give the one that was saved"
+            )
+        return LowRank(b.float().flatten(1) * self._scale(layer, rank), a.float().flatten(1))
+
+    def _scale(self, layer: str, rank: int) -> float:
+        alpha = self.alphas.get(layer, self.config.get("lora_alpha"))
+        if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+            raise DataError(
+                f"{self.folder}: layer {layer} has lora_alpha {shortened(alpha)}; expected a number, "
+                f"at most {LARGEST_ALPHA:g}"
+            )
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
 
 def write_peft_folder(

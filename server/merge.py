@@ -22,6 +22,9 @@ from server.folders import whole_or_nothing
 from server.merge_sources import Source, differences, read_source, unequal_ranks
 from strategies.certificate import certificate
 from strategies.oneshot import ONESHOT, OneShotMerge
+from strategies.updates import all_finite
+
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -100,22 +103,35 @@ def merge_folders(
     unequal = unequal_ranks(sources) if chosen.needs_equal_ranks else ()
     if problems := [*differences(sources), *unequal]:
         raise ConfigurationError(problems)
-    merged = _merged(chosen, sources, used, seed)
+    try:
+        merged = _merged(chosen, sources, used, seed)
+        norm, distance, layers = _compared(merged, sources, used)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConfigurationError(f"{strategy} fails on these adapters ({_line(error)}); try another merge") from None
+    if not all_finite(merged.flat):
+        raise ConfigurationError(f"{strategy} gives numbers too large to store; give smaller weights")
     try:
         _write(merged, sources[0], out)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    norm, distance, layers = _compared(merged, sources, used)
     return Merge(strategy, chosen.model_dump(), used, norm, distance, layers)
 
 
 def _weights(given: Sequence[float], count: int) -> list[float]:
+    if not count:
+        raise ConfigurationError("there is no adapter to merge; give at least one PEFT folder")
     if given and len(given) != count:
         raise ConfigurationError(f"{len(given)} weights for {count} adapters; give --weight once for each, or never")
     for weight in given:
-        if not 0 < weight < math.inf:
-            raise ConfigurationError(f"a weight is {weight}; expected a positive, finite number")
+        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise ConfigurationError(
+                f"a weight is {weight}; expected a positive, finite number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            )
     return list(given) or [1 / count] * count
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _merged(chosen: OneShotMerge, sources: Sequence[Source], weights: Sequence[float], seed: int) -> Adapter:
@@ -155,23 +171,23 @@ def _compared(
 def _write(merged: Adapter, source: Source, out: Path) -> None:
     base: tuple[Any, Any] = (source.config.get("base_model_name_or_path"), source.config.get("revision"))
     with whole_or_nothing(out) as unfinished:
-        write_peft_folder(merged, unfinished, _skeleton(source), base, source.config.get("task_type"))
+        write_peft_folder(merged, unfinished, _Skeleton(source), base, source.config.get("task_type"))
 
 
-def _skeleton(source: Source) -> nn.Module:
-    """Build modules of the adapted layers' kinds and shapes, without weights: all that writing asks of the model."""
-    root = nn.Module()
-    for name, update in source.adapter.layers.items():
-        out, inn = update.shape
-        *path, last = name.split(".")
-        place = root
-        for part in path:
-            if not hasattr(place, part):
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        with torch.device("meta"):
-            if len(kernel := source.kernels[name]) == 3:
-                place.add_module(last, nn.Conv2d(kernel[0], out, (kernel[1], kernel[2])))
-            else:
-                place.add_module(last, Conv1D(out, inn) if source.config.get("fan_in_fan_out") else nn.Linear(inn, out))
-    return root
+class _Skeleton(nn.Module):
+    """Modules of the adapted layers' kinds and shapes, without weights: all that writing asks of the model."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._found: dict[str, nn.Module] = {}
+        for name, update in source.adapter.layers.items():
+            out, inn = update.shape
+            with torch.device("meta"):
+                if len(kernel := source.kernels[name]) == 3:
+                    self._found[name] = nn.Conv2d(kernel[0], out, (kernel[1], kernel[2]))
+                else:
+                    whole = source.config.get("fan_in_fan_out")
+                    self._found[name] = Conv1D(out, inn) if whole else nn.Linear(inn, out)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self._found[target]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from peft import TaskType
 
 from common.adapter import Adapter
-from common.errors import DataError
+from common.errors import DataError, shortened
 from common.lowrank import LowRank
-from common.peft_folder import CONFIG, WEIGHTS, read_adapter
-from common.peft_state import kernels_of
+from common.peft_folder import CONFIG, WEIGHTS, open_folder, plain_adapter
+from common.peft_state import A, B, kernels_of
 from strategies.updates import all_finite
 
 LISTED = 5
+LARGEST = 1e6
+"""Of a factor's numbers; larger ones have no use, and their products would leave float32."""
 
 SAME = {
     "base_model_name_or_path": "base model",
@@ -67,13 +68,28 @@ def read_source(place: Path) -> Source:
     """
     if not os.path.isdir(place):  # unlike Path.is_dir, never raises
         raise DataError(f"{place} is no folder; expected a PEFT folder with {CONFIG} and {WEIGHTS}")
-    adapter = read_adapter(place)
+    config, tensors = open_folder(place)
+    adapter = plain_adapter(place, config, tensors)
+    _check_settings(place, config)
     if not all_finite(adapter.flat):
         raise DataError(f"{place} holds NaN or infinity; such an adapter cannot be merged")
-    kernels = kernels_of(load_file(place / WEIGHTS))
+    factors = [tensor for key, tensor in tensors.items() if key.endswith((A, B))]
+    if (largest := max(float(tensor.float().abs().max()) for tensor in factors)) > LARGEST:
+        raise DataError(f"{place} holds {largest:.3g}; expected numbers up to {LARGEST:g}; train it again")
+    kernels = kernels_of(tensors)
     if odd := next((name for name, row in kernels.items() if len(row) not in (1, 3)), None):
         raise DataError(f"{place}: layer {odd} is neither linear nor a 2-D convolution; it cannot be merged")
-    return Source(place, adapter, kernels, json.loads((place / CONFIG).read_text(encoding="utf-8")))
+    return Source(place, adapter, kernels, config)
+
+
+def _check_settings(place: Path, config: Mapping[str, Any]) -> None:
+    for key in SAME:
+        value, wanted = config.get(key), bool if key == "fan_in_fan_out" else str
+        if not isinstance(value, wanted | None):
+            raise DataError(f"{place}: {key} is {shortened(value)}; expected a {wanted.__name__} or null")
+    if config.get("task_type") not in {None, *TaskType}:
+        known = ", ".join(TaskType)
+        raise DataError(f"{place}: task_type is {shortened(config['task_type'])}; expected null or one of {known}")
 
 
 def differences(sources: Sequence[Source]) -> Iterator[str]:
@@ -83,7 +99,7 @@ def differences(sources: Sequence[Source]) -> Iterator[str]:
         for key, what in SAME.items():
             mine, theirs = _setting(source, key), _setting(first, key)
             if mine != theirs:
-                yield f"{source.place}: {what} {mine!r} differs from {theirs!r} of {first.place}"
+                yield f"{source.place}: {what} {shortened(mine)} differs from {shortened(theirs)} of {first.place}"
         yield from _other_names("layers", source, first, source.adapter.layers, first.adapter.layers)
         yield from _other_names("whole modules", source, first, source.adapter.extras, first.adapter.extras)
         sizes, wanted = _sizes(source), _sizes(first)

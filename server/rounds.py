@@ -112,7 +112,7 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
             evaluation_phase(federation, state, record, online, certify)
     else:
         certify()
-    return record, replace(state, merged=None)
+    return record, replace(state, merged=None, metrics={})
 
 
 def _merged(federation: Federation, state: ServerState, collection: Collection) -> ServerState:

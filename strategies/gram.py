@@ -3,7 +3,9 @@
 A client's change is ``b a − b₀ a₀`` over all layers, heads beside: ``Δb a + b₀ Δa`` in factors, of which terms that are
 zero (a frozen factor, a start of zero) are left out. With all factors of a layer side by side, the inner products are
 block sums of ``(bᵀb) ∘ (a aᵀ)``; no matrix of a low-rank layer is built, one layer of all clients is looked at a time,
-and what is measured does not depend on how an update is factored.
+and what is measured does not depend on how an update is factored. But for one thing: an update whose slots cancel to
+less than rounding leaves of them, as only a liar's do, counts as long as that rounding, since no merge in float32 finds
+it shorter.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from common.federation import ClientUpdate
 from common.lowrank import Dense, LowRank, Update, stack
 
 NOISE = 1e-14
-"""Share of two squared norms below which the squared distance between them is only rounding."""
+"""Share of two squared norms below which the squared distance between them is only rounding.
+
+Its root is that share of what cancels in a product of float32.
+"""
 
 
 def gram_of_changes(updates: Sequence[ClientUpdate], starts: Mapping[str, Adapter]) -> Tensor:
@@ -51,15 +56,22 @@ def squared_distances(gram: Tensor) -> Tensor:
 
 def difference(now: Update, start: Update | None) -> Update:
     """Return ``now − start`` in float64; factors stay factors, of at most twice the rank."""
+    now = _in_float64(now)
     if start is None:
-        return LowRank(now.b.double(), now.a.double()) if isinstance(now, LowRank) else Dense(now.w.double())
+        return now
+    start = _in_float64(start)
     if isinstance(now, Dense) or isinstance(start, Dense):
-        return Dense(now.dense().double() - start.dense().double())
-    b, a, b0, a0 = (factor.double() for factor in (now.b, now.a, start.b, start.a))
+        return Dense(now.dense() - start.dense())
+    b, a, b0, a0 = now.b, now.a, start.b, start.a
     terms = [LowRank(b, a), LowRank(-b0, a0)]
     if now.rank == start.rank:
         terms = [LowRank(b - b0, a), LowRank(b0, a - a0)]
     return stack([term for term in terms if term.b.any() and term.a.any()] or terms[:1])
+
+
+def _in_float64(update: Update) -> Update:
+    """Before anything is multiplied: the product of two float32 numbers may be beyond float32."""
+    return LowRank(update.b.double(), update.a.double()) if isinstance(update, LowRank) else Dense(update.w.double())
 
 
 def _inner_products(changes: Sequence[Update | None]) -> Tensor:
@@ -70,7 +82,9 @@ def _inner_products(changes: Sequence[Update | None]) -> Tensor:
         b, a = torch.cat([part.b for part in thin], dim=1), torch.cat([part.a for part in thin])
         owner = torch.repeat_interleave(torch.tensor([part.rank for part in thin]))
         block = torch.nn.functional.one_hot(owner, len(thin)).double()
-        own = block.T @ ((b.T @ b) * (a @ a.T)) @ block
+        slots = (b.T @ b) * (a @ a.T)
+        own = block.T @ slots @ block
+        own.diagonal().clamp_(min=NOISE * (block.T @ slots.diagonal().sqrt()).square())
     else:
         flat = torch.stack([change.dense().reshape(-1) for _, change in held])
         own = flat @ flat.T

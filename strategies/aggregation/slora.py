@@ -102,7 +102,7 @@ class SLoRA(AggregationStrategy):
     def finish(self, state: ServerState, accumulated: StageSum) -> ServerState:
         """Replace the start adapter by the mean; after the last sparse round by its leading part."""
         mean = accumulated.mean()
-        after = replace(state, start=mean, round=state.round + 1, merged=mean)
+        after = replace(state, start=mean, round=state.round + 1, merged=mean, metrics={})
         if after.round != self.sparse_rounds:
             return after
         seed = derive_seed(state.spec.seed, "slora", "svd")

@@ -8,7 +8,7 @@ keeps its bits, ranks may differ, and every strategy may merge the result.
 Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated Learning?, 2019, arXiv 1911.07963. Departures: the
 bound's default is the median of the round's norms, and the path is the client's own instead of that of the product,
 which has no factors of its rank. What only rewrites factors changes no product and is not shortened; where factors are
-averaged (fedavg) set ``federation.max_update_norm`` too.
+averaged (fedavg) set ``federation.max_update_norm`` too. What cancels to less than its rounding counts as long as that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from common.adapter import Adapter
 from common.errors import RejectedUpdate
 from common.federation import ClientUpdate
 from common.lowrank import Dense, LowRank, Update, inner
+from strategies.gram import NOISE, difference
 from strategies.robust import Judgement, RobustRule
 
 HALVINGS = 60
@@ -49,16 +50,19 @@ class NormBounding(RobustRule):
 
 
 class Path(NamedTuple):
-    """The change ``c L + c² Q`` by its inner products: ``‖L‖²``, ``⟨L, Q⟩``, ``‖Q‖²``."""
+    """The change ``c L + c² Q`` by its inner products: ``‖L‖²``, ``⟨L, Q⟩``, ``‖Q‖²``; and their slots' lengths."""
 
     linear: float
     mixed: float
     quadratic: float
+    linear_slots: float
+    quadratic_slots: float
 
     def norm(self, share: float) -> float:
         """Return the norm of the change at a share ``c`` of the way."""
-        square = share**2 * (self.linear + share * (2 * self.mixed + share * self.quadratic))
-        return math.sqrt(max(square, 0.0))
+        square = self.linear + share * (2 * self.mixed + share * self.quadratic)
+        rounding = NOISE * (self.linear_slots + share * self.quadratic_slots) ** 2
+        return share * math.sqrt(max(square, rounding))
 
     def share_within(self, bound: float) -> float:
         """Return a share of the way at which the norm keeps a bound: all of it, or where it crosses the bound."""
@@ -88,20 +92,28 @@ def path_of(update: ClientUpdate, start: Adapter) -> Path:
         float((value.double() - start.extras[head].double()).square().sum())
         for head, value in update.adapter.extras.items()
     ]
-    linear, mixed, quadratic = (math.fsum(part[i] for part in parts) for i in range(3))
-    return Path(linear + math.fsum(heads), mixed, quadratic)
+    linear, *rest = (math.fsum(numbers) for numbers in zip(*parts, strict=True))
+    return Path(linear + math.fsum(heads), *rest)
 
 
 def _layer_path(now: Update, start: Update) -> Path:
     if isinstance(now, Dense) or isinstance(start, Dense):
-        return Path(float((now.dense().double() - start.dense().double()).square().sum()), 0.0, 0.0)
+        change = difference(now, start)
+        return Path(inner(change, change), 0.0, 0.0, 0.0, 0.0)
     b, a, b0, a0 = (factor.double() for factor in (now.b, now.a, start.b, start.a))
     first, second, quadratic = LowRank(b - b0, a0), LowRank(b0, a - a0), LowRank(b - b0, a - a0)
     return Path(
         inner(first, first) + 2 * inner(first, second) + inner(second, second),
         inner(first, quadratic) + inner(second, quadratic),
         inner(quadratic, quadratic),
+        _slots(first) + _slots(second),
+        _slots(quadratic),
     )
+
+
+def _slots(part: LowRank) -> float:
+    """Return the sum of the slots' lengths."""
+    return float(part.b.norm(dim=0) @ part.a.norm(dim=1))
 
 
 def _shortened(update: ClientUpdate, start: Adapter, share: float) -> ClientUpdate:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from common.store import RunStore, is_locked
-from tests.tiny import tiny
+from strategies import AGGREGATION
+from tests.tiny import RANKS, tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -94,7 +95,8 @@ for line in sys.stdin:
 """
 
 CLIENTS = ("ada", "ben", "cyd", "dot")
-STRATEGIES = ("flora", "ffa_lora", "lora_lego")
+STRATEGIES = ("flora", "fedavg", "lora_lego", "rolora", "florist")
+"""Stacks, means and clusters."""
 POINTS = (
     "round_started 1",
     "dispatched 1",
@@ -166,12 +168,19 @@ class Place:
 
     def experiment(self, strategy: str, *options: str) -> str:
         """Write the experiment every test of this module runs."""
-        return tiny(self.folder, f"strategy.name={strategy}", "federation.rounds=3", *options).model_dump_json()
+        mixed = AGGREGATION.plugin(strategy).capabilities.mixed_ranks
+        ranks = RANKS if mixed else dict.fromkeys(RANKS, 4)
+        options = (f"strategy.name={strategy}", "federation.rounds=3", *options)
+        return tiny(self.folder, *options, ranks=ranks).model_dump_json()
+
+    def whole(self, strategy: str) -> Path:
+        """Return the home of a run that nobody kills."""
+        return self.folder / f"whole-{strategy}"
 
     def bits(self, strategy: str) -> str:
         """Return the hash a run comes to that nobody kills."""
         if strategy not in self.undisturbed:
-            ended = self.run(self.folder / f"whole-{strategy}", self.experiment(strategy))
+            ended = self.run(self.whole(strategy), self.experiment(strategy))
             assert sorted(ended.trained) == [(number, name) for number in (1, 2, 3) for name in CLIENTS]
             self.undisturbed[strategy] = ended.sha256
         return self.undisturbed[strategy]
@@ -192,6 +201,11 @@ def kept(home: Path) -> set[str]:
         return {row.client for row in rows if row.status in ("received", "accepted")}
 
 
+def memories(home: Path) -> dict[tuple[str, str], bytes]:
+    """Return all that clients keep to themselves, by client and file."""
+    return {(path.parts[-3], path.name): path.read_bytes() for path in home.glob("runs/*/clients/*/memory/*")}
+
+
 def check(place: Place, home: Path, strategy: str, point: str) -> None:
     """Kill a run at a point, resume it, and compare."""
     killed = place.run(home, place.experiment(strategy), point)
@@ -201,6 +215,7 @@ def check(place: Place, home: Path, strategy: str, point: str) -> None:
     assert len(received) == RECEIVED.get(point, 0 if index < POINTS.index("reply 1") else 4)
     resumed = place.run(home)
     assert resumed.sha256 == place.bits(strategy)
+    assert memories(home) == memories(place.whole(strategy))
     again = {name for number, name in resumed.trained if number == 2}
     assert not again & received
     # A client that had begun to answer, though nobody listened any more, may return its stored answer.
@@ -222,7 +237,7 @@ def check_store(home: Path) -> None:
         assert not list(folder.glob("rounds/*/replies/*"))
 
 
-# Every point once, the strategies in turn.
+# Every point once, the strategies in turn; `make test-long` has all strategies at all points.
 SOME = [(STRATEGIES[number % len(STRATEGIES)], point) for number, point in enumerate(POINTS)]
 
 
@@ -233,7 +248,7 @@ def test_a_killed_run_comes_to_the_same_end(place: Place, strategy: str, point: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", AGGREGATION.names())
 def test_every_strategy_killed_everywhere(place: Place, strategy: str, point: str) -> None:
     check(place, place.folder / f"long-{strategy}-{point.replace(' ', '-')}", strategy, point)
 

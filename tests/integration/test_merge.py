@@ -275,6 +275,8 @@ def test_adapters_of_zeros_are_refused(tmp_path: Path) -> None:
         ({"weights": [1.0, 0.0]}, "a weight is 0.0; expected a positive, finite number"),
         ({"weights": [1.0, -1.0]}, "a weight is -1.0; expected"),
         ({"weights": [1.0, math.nan]}, "a weight is nan; expected"),
+        ({"weights": [1e-300, 1e-300]}, "a weight is 1e-300; expected a positive, finite number from 1e-06 to 1e+06"),
+        ({"weights": [1e308, 1e308]}, "a weight is 1e+308; expected"),
         (
             {"strategy": "svd", "options": {"rank": 0}},
             "one-shot merge svd: rank: Input should be greater than or equal",
@@ -286,7 +288,7 @@ def test_adapters_of_zeros_are_refused(tmp_path: Path) -> None:
             "no one-shot merge named 'flora'; there is: average, dare, lora_lego, stack, svd, ties",
         ),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_options_and_weights_are_checked_before_anything_is_read(
     tmp_path: Path, options: dict[str, Any], said: str
@@ -314,3 +316,55 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_setting_that_is_no_number_is_told(tmp_path: Path) -> None:
     place = edit(folder(tmp_path / "one", 1), lora_alpha="much")
     refused(DataError, "has lora_alpha 'much'; expected a number", [place], tmp_path / "out")
+
+
+def test_no_adapter_at_all_is_refused(tmp_path: Path) -> None:
+    refused(ConfigurationError, "there is no adapter to merge; give at least one PEFT folder", [], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": {"q_proj": 7}}, "has rank 7 by adapter_config.json, but its tensors are lora_A (4, 16)"),
+        ({"r": 0}, "has rank 0 by adapter_config.json"),
+        ({"lora_alpha": 10**400}, "; expected a number, at most 1e+06"),
+        (
+            {"alpha_pattern": {"(a+)+$|(.*)*x": 3}},
+            "alpha_pattern has a key that is no regular expression to read safely",
+        ),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5; expected a str or null"),
+        ({"fan_in_fan_out": "no"}, "fan_in_fan_out is 'no'; expected a bool or null"),
+        ({"task_type": "SINGING"}, "task_type is 'SINGING'; expected null or one of SEQ_CLS"),
+    ],
+    ids=range(7),
+)
+def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    refused(DataError, said, [edit(folder(tmp_path / "one", 1), **changes)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ONESHOT.names())
+def test_the_smallest_and_largest_weights_are_merged_or_told_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    places = [folder(tmp_path / str(number), number) for number in range(2)]
+    for number, weights in enumerate(([1e-6, 1e-6], [1e6, 1e6], [1e-6, 1e6])):
+        made = merge_folders(places, tmp_path / f"out{number}", name, weights=weights)
+        assert math.isfinite(made.error)
+    tensors = load_file(places[0] / WEIGHTS)
+    save_file({key: value * 1e9 for key, value in tensors.items()}, places[0] / WEIGHTS)
+    refused(DataError, "expected numbers up to 1e+06; train it again", places, tmp_path / "out", name)
+
+
+def test_nothing_is_written_when_the_numbers_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder(tmp_path / "one", 1)
+    monkeypatch.setattr("server.merge.MOST_WEIGHT", 1e39)
+    refused(ConfigurationError, "svd", [place], tmp_path / "out", "svd", weights=[1e39])
+
+
+def test_layers_may_have_the_names_of_what_modules_have(tmp_path: Path) -> None:
+    place = folder(tmp_path / "one", 1)
+    tensors = load_file(place / WEIGHTS)
+    renamed = {key.replace("self_attn", "training").replace("mlp", "forward"): value for key, value in tensors.items()}
+    save_file(renamed, place / WEIGHTS)
+    merge_folders([place, place], tmp_path / "out")
+    assert read_adapter(tmp_path / "out").layers.keys() == read_adapter(place).layers.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -313,6 +314,106 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable[[Path], A
     with pytest.raises((DataError, ConfigurationError), match=re.escape(said)) as caught:
         read_adapter(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+LIES = "layer model.layers.0.self_attn.q_proj has rank {}"
+FACTORS = "but its tensors are lora_A (4, 16) and lora_B (16, 4), of rank 4; PEFT cannot load such a folder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": {"q_proj": 7}}, f"{LIES.format(7)} by adapter_config.json, {FACTORS}"),
+        ({"r": 0}, "has rank 0 by adapter_config.json, but"),
+        ({"r": -3}, "has rank -3 by"),
+        ({"r": 4.0}, "has rank 4.0 by"),
+        ({"r": None}, "has rank None by"),
+        ({"rank_pattern": [4]}, "rank_pattern is [4]; expected a table of layers"),
+        ({"rank_pattern": {"(a+)+$|(.*)*x": 4}}, "rank_pattern has a key that is no regular expression to read safely"),
+        ({"lora_alpha": 10**400}, "lora_alpha 100000000000000000...0000000000000000000; expected a number, at most"),
+        ({"peft_type": "two\nlines"}, "holds no known kind of weights"),
+    ],
+    ids=range(9),
+)
+def test_a_configuration_that_lies_is_refused_and_a_rank_by_peft_too(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    made_by_peft(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(DataError, match=re.escape(said)) as caught:
+        read_adapter(tmp_path)
+    assert "\n" not in str(caught.value)
+    if "r" in changes or changes.get("rank_pattern") == {"q_proj": 7}:
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda name, value: value[:0] if "lora_A" in name else value[:, :0],
+            "lora_A (0, 24) and lora_B (16, 0) do not form",
+        ),
+        (lambda name, value: value.flatten(), "lora_A (96,) and lora_B (64,) do not form"),
+        (lambda name, value: value.sum(), "lora_A () and lora_B () do not form b (out, r) @ a (r, in)"),
+        (lambda name, value: value.to(torch.complex64), "holds torch.complex64; expected plain numbers"),
+    ],
+    ids=["no rows", "vector", "scalar", "complex"],
+)
+def test_tensors_that_are_no_factors_are_one_line(
+    tmp_path: Path, change: Callable[[str, Tensor], Tensor], said: str
+) -> None:
+    made_by_peft(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({name: change(name, value).contiguous() for name, value in tensors.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a..b", "(a+)+$", "two\nlines", "x" * 300])
+def test_a_layer_that_no_module_can_be_is_refused(tmp_path: Path, name: str) -> None:
+    """Its name would become a pattern of what is written."""
+    made_by_peft(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {f"{PREFIX}{name}.lora_A.weight": torch.ones(4, 16)}, tmp_path / WEIGHTS)
+    with pytest.raises(DataError, match="is named as no module's weight") as caught:
+        read_adapter(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_layer_among_whole_ones_is_refused(tmp_path: Path) -> None:
+    made_by_peft(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors[f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(DataError, match="q_proj has lora_B but no lora_A"):
+        read_adapter(tmp_path)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
+    place = tmp_path / "folder"
+    made_by_peft(place)
+    kept = (place / CONFIG).read_text()
+    (place / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"folder: adapter_config\.json is nested too deeply"):
+        read_adapter(place)
+    (place / CONFIG).write_text(kept + " " * 1_000_000)
+    with pytest.raises(DataError, match=r"adapter_config\.json is larger than 1000000 bytes"):
+        read_adapter(place)
+    for name in (CONFIG, WEIGHTS):
+        content = (place / name).read_bytes()
+        for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+            (place / name).unlink()
+            make(place / name)
+            with pytest.raises(DataError, match=f"{name} is no regular file"):
+                read_adapter(place)
+            with pytest.raises(DataError, match="is no regular file; give a PEFT folder or an adapter file"):
+                read_adapter(place / name)
+        (place / name).unlink()
+        (tmp_path / name).write_bytes(content if name == WEIGHTS else kept.encode())
+        (place / name).symlink_to(tmp_path / name)  # as Hugging Face's cache does
+    assert read_adapter(place).layers
 
 
 def keep(folder: Path, part: str) -> None:
