@@ -199,7 +199,7 @@ class SimulationSettings(Section):
     stragglers: float = Field(0.0, ge=0, lt=1, description="Chance that a client answers late in a round, seeded.")
     straggler_delay_s: float = Field(5.0, gt=0, description="Seconds a straggler waits before it answers.")
     attackers: int = Field(0, ge=0, description="Clients that lie, drawn from the seed.")
-    attack_scale: float = Field(-10.0, description="Attackers multiply what they learned by this.")
+    attack_scale: float = Field(-10.0, ge=-1e6, le=1e6, description="Attackers multiply what they learned by this.")
     client_cpus: int = Field(1, ge=1, description="CPUs per client (ray driver).")
     client_gpus: float = Field(0.0, ge=0, description="GPUs per client (ray driver).")
 
