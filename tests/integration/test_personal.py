@@ -321,7 +321,7 @@ def test_what_cannot_be_exported_is_refused(
 
 def test_a_run_with_one_model_has_no_clients_of_its_own(tmp_path: Path) -> None:
     run = drive(synthetic("federation.rounds=1"), tmp_path)
-    with pytest.raises(UserError, match="--client is for strategies .* factors of their own; flora has one"):
+    with pytest.raises(UserError, match=r"--client is for strategies .* factors of their own; flora has one"):
         export(run.run.id, run.home, tmp_path / "out", own=_of("client-1"))
 
 

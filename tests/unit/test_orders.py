@@ -104,7 +104,8 @@ def test_an_adapter_is_cut_once_for_all_clients_of_one_bound(monkeypatch: pytest
 
     strategy = aggregation_strategy("flora")
     layers = {
-        name: cohorts.low_rank(*shape, 3, torch.Generator(), torch.float32) for name, shape in SPEC.layers.items()
+        name: cohorts.low_rank(*shape, 3, torch.Generator().manual_seed(0), torch.float32)
+        for name, shape in SPEC.layers.items()
     }
     state = strategy.init(SPEC)
     state = ServerState(SPEC, state.start, Adapter.pack(layers))
