@@ -5,7 +5,7 @@
 cut limits no client's rank. ``τ`` = 1 is FLoRA.
 
 Ramesh, Dass: FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of Large Language
-Models, MLSys 2026, arXiv 2506.09199. The paper tunes ``τ`` task by task and names no default; ours loses a hundredth.
+Models, MLSys 2026, arXiv 2506.09199. ``τ`` is tunable there; our default loses a hundredth of the squared norm.
 Departures: one decomposition by QR and a small SVD instead of one SVD per stacked factor; updates are summed in a
 global adapter instead of being added to base weights. Ours is ``error_feedback``: the server keeps what was cut off, in
 no more slots than the round's clients have together, and adds it to the next round's sum.

@@ -119,7 +119,10 @@ def test_bounds(section: str, name: str, outside: float, inside: float) -> None:
         ({"training": {"gradient_checkpointing": 3}}, "training.gradient_checkpointing: Input should be a valid boo"),
         ({"training": {"learning_rate": math.inf}}, "training.learning_rate: Input should be a finite number"),
         ({"training": {"learning_rate": math.nan}}, "training.learning_rate: Input should be a finite number"),
-        ({"federation": {"wire": "int3"}}, "federation.wire: Input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int4' (got 'int3')"),
+        (
+            {"federation": {"wire": "int3"}},
+            "federation.wire: Input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int4' (got 'int3')",
+        ),
         ({"federation": {"on_failure": "retry"}}, "federation.on_failure: Input should be 'skip' or 'stop'"),
         ({"evaluation": {"on": "clients"}}, "evaluation.on: Input should be a list (got 'clients')"),
         ({"evaluation": {"on": ["nodes"]}}, "evaluation.on.0: Input should be 'clients' or 'server' (got 'nodes')"),
