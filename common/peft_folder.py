@@ -117,7 +117,7 @@ def plain_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     """
     if reason := _not_plain(config):
         raise DataError(f"{folder} holds {reason}; only plain LoRA can be taken over")
-    names = {key: key.removeprefix(PREFIX) for key in tensors}
+    names = {key: key.removeprefix(PREFIX) for key in sorted(tensors)}
     for key, name in names.items():
         if not NAME.fullmatch(name) or len(name) > LONGEST:
             raise DataError(
