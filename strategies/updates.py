@@ -107,7 +107,7 @@ def _check_layer(where: str, sent: tuple[int, int], rank: int, shape: tuple[int,
 
 
 def _check_heads(update: ClientUpdate, state: ServerState) -> None:
-    given = {name: tuple(value.shape) for name, value in update.adapter.extras.items()}
+    given = dict(update.adapter.layout.extras)
     wanted = {name: tuple(value.shape) for name, value in state.spec.heads.items()}
     for name in sorted(given.keys() | wanted.keys()):
         if given.get(name) != wanted.get(name):
