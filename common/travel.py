@@ -76,11 +76,22 @@ def take(adapter: Adapter, part: Part, dispatch: Dispatch | None = None) -> Tens
     return torch.cat([*inside, flat[layout.outer_numel : layout.head_numel]])
 
 
+def core_of(update: LowRank, frame: LowRank) -> Tensor:
+    """Return the core of an update whose ``b`` lies in the frame, shape (rank, rank) of the update."""
+    return frame.b[:, : update.rank].to(update.b.dtype).T @ update.b
+
+
+def around(core: Tensor, frame: LowRank) -> LowRank:
+    """Put the first columns and rows of a frame around a core, shape (rank, rank)."""
+    rank = len(core)
+    return LowRank(frame.b[:, :rank].to(core.dtype) @ core, frame.a[:rank].to(core.dtype))
+
+
 def _inside(name: str, update: Update, part: Part, dispatch: Dispatch) -> Tensor:
     """Return one layer's core, shape (rank, rank), or its sparse entries."""
     if part == "core":
         assert isinstance(update, LowRank)
-        return _frame(dispatch, name, update.rank).b.to(update.b.dtype).T @ update.b
+        return core_of(update, _frame(dispatch, name, update.rank))
     assert isinstance(update, Dense)
     assert dispatch.density is not None
     return update.w.reshape(-1)[places(dispatch.seed, name, update.w.numel(), dispatch.density)]
@@ -146,8 +157,7 @@ def _from_inside(numbers: Tensor, layout: Layout, part: Part, dispatch: Dispatch
         count = rank * rank if part == "core" else entries(out * inn, dispatch.density or 1.0)
         piece, at = numbers[at : at + count], at + count
         if part == "core":
-            frame = _frame(dispatch, name, rank)
-            layers[name] = LowRank(frame.b.to(piece.dtype) @ piece.view(rank, rank), frame.a.to(piece.dtype))
+            layers[name] = around(piece.view(rank, rank), _frame(dispatch, name, rank))
         else:
             matrix = piece.new_zeros(out * inn)
             matrix[places(dispatch.seed, name, out * inn, dispatch.density or 1.0)] = piece
@@ -160,8 +170,8 @@ def _from_inside(numbers: Tensor, layout: Layout, part: Part, dispatch: Dispatch
 
 
 def _frame(dispatch: Dispatch, layer: str, rank: int) -> LowRank:
-    """Return the first ``rank`` columns and rows of a layer's frames."""
+    """Return a layer's frame, of ``rank`` at least."""
     frame = dispatch.frames.layers.get(layer) if dispatch.frames is not None else None
     if not isinstance(frame, LowRank) or frame.rank < rank:
         raise ClientError(f"there are no frames of rank {rank} for layer {layer}; they must be sent again")
-    return LowRank(frame.b[:, :rank], frame.a[:rank])
+    return frame

@@ -20,10 +20,27 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
     ConfigurationError
         If that adapter does not fit the base model.
     """
-    state = strategy.init(spec)
-    given = method_of(experiment).initial()
+    state, given = strategy.init(spec), given_adapter(experiment, strategy, spec)
     if given is None:
         return state
+    return replace(
+        state,
+        start=Adapter.pack(state.start.layers, {**state.start.extras, **given.extras}, spec.method),
+        global_adapter=Adapter.pack(given.layers, method=spec.method),
+    )
+
+
+def given_adapter(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpec) -> Adapter | None:
+    """Read the adapter to start from, if there is one.
+
+    Raises
+    ------
+    ConfigurationError
+        If it does not fit the base model or the strategy.
+    """
+    given = method_of(experiment).initial()
+    if given is None:
+        return None
     for name, update in given.layers.items():
         if spec.layers.get(name) != update.shape:
             raise ConfigurationError(
@@ -40,8 +57,4 @@ def initial_state(experiment: Experiment, strategy: AggregationStrategy, spec: M
             raise ConfigurationError(
                 f"the adapter to start from has head {name} {tuple(head.shape)}; the model has not"
             )
-    return replace(
-        state,
-        start=Adapter.pack(state.start.layers, {**state.start.extras, **given.extras}, spec.method),
-        global_adapter=Adapter.pack(given.layers, method=spec.method),
-    )
+    return given

@@ -16,7 +16,7 @@ from common.federation import ModelSpec
 from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.bounds import bound_refusals
-from server.initial import initial_state
+from server.initial import given_adapter
 from server.ranks import client_rank
 from server.secure.refusals import secure_refusals
 from server.traffic import WHOLE, Traffic
@@ -104,7 +104,8 @@ def make_plan(experiment: Experiment) -> Plan:
         *_evaluation_refusals(experiment, strategy),
     ]:
         raise ConfigurationError(refusals)
-    begun = initial_state(experiment, strategy, spec).global_adapter.layout
+    given = given_adapter(experiment, strategy, spec)
+    begun = given.layout if given is not None else Layout()
     notices = task.check_data(clients_key(clients), experiment.seed)
     return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, training)])
 

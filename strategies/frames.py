@@ -44,11 +44,6 @@ def framed(update: LowRank, seed: int, layer: str) -> Framed:
     return Framed(LowRank(b.to(dtype), a.to(dtype).contiguous()), core.to(dtype))
 
 
-def core_of(update: LowRank, frame: LowRank) -> Tensor:
-    """Return the core of an update whose ``b`` lies in the frame, shape (rank, rank) of the update."""
-    return frame.b[:, : update.rank].to(update.b.dtype).T @ update.b
-
-
 def _completed(columns: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """Add random orthonormal columns up to ``rank``."""
     missing = rank - columns.shape[1]

@@ -51,6 +51,14 @@ class MatrixRow:
     client_memory: bool
     robust: tuple[str, ...]
 
+    @property
+    def rules(self) -> str:
+        """Name the robust rules that fit, or those that do not, whichever is shorter."""
+        known = [name for name in ROBUST.names() if not ROBUST.plugin(name).passes_all]
+        if missing := [name for name in known if name not in self.robust]:
+            return min(", ".join(self.robust) or "none", f"all but {', '.join(missing)}", key=len)
+        return "all"
+
 
 def capability_matrix() -> list[MatrixRow]:
     """Return the rows of all strategies, by name."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 from common.adapter import Adapter
 from common.federation import ClientInfo, ClientUpdate, ServerState
 from common.lowrank import Dense, LowRank, Update
+from common.travel import around, core_of
 from strategies.aggregation import AGGREGATION, AggregationStrategy
-from strategies.frames import core_of
 from strategies.optimizers import ServerOptimizer
 from strategies.robust import ROBUST, Judgement, RobustRule
 from strategies.weights import capped_weights
@@ -149,10 +149,9 @@ def _cores(adapter: Adapter, frames: Adapter) -> Adapter:
 def _framed(cores: Adapter, frames: Adapter) -> Adapter:
     layers: dict[str, Update] = {}
     for name, core in cores.layers.items():
-        frame, rank = frames.layers[name], core.shape[0]
+        frame = frames.layers[name]
         assert isinstance(frame, LowRank)
-        matrix = core.dense()
-        layers[name] = LowRank(frame.b[:, :rank].to(matrix) @ matrix, frame.a[:rank].to(matrix))
+        layers[name] = around(core.dense(), frame)
     return Adapter.pack(layers, cores.extras, cores.method)
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from common.adapter import Adapter
-from common.federation import ClientUpdate
+from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
 from common.lowrank import LowRank
+from common.seeds import derive_seed
+from strategies.aggregation import AggregationStrategy
 from strategies.mean import WeightedSum
 from strategies.updates import by_layer, low_rank_layers, shares
 
@@ -45,6 +47,22 @@ class MeanAndReplies:
         self.total.add(update)
         self.updates.append(update)
         return self
+
+
+class MeanWithReplies(AggregationStrategy):
+    """Base of the strategies that start from the mean of the factors and do something about what it misses."""
+
+    def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
+        """Send the current factors; before round 1 the seed of the ``a`` all clients start from."""
+        return Dispatch(state.start, client.rank, derive_seed(state.spec.seed, self.plugin_name))
+
+    def begin(self, state: ServerState) -> MeanAndReplies:
+        """Open an empty sum."""
+        return MeanAndReplies()
+
+    def add(self, accumulated: MeanAndReplies, update: ClientUpdate) -> MeanAndReplies:
+        """Add one reply's factors, times its weight, and keep it for what the mean misses."""
+        return accumulated.add(update)
 
 
 def residuals(updates: Sequence[ClientUpdate], mean: Adapter) -> dict[str, LowRank]:

@@ -12,6 +12,7 @@ from common.adapter import Adapter
 from common.errors import RejectedUpdate
 from common.federation import ClientUpdate
 from strategies.robust import Judgement
+from strategies.updates import COHORT
 
 BLOCK = 1 << 18
 """Numbers sorted at a time: memory does not grow with the adapter."""
@@ -57,7 +58,7 @@ def trimmed_mean(updates: Sequence[ClientUpdate], cut: int) -> Judgement:
         heard += (inside & differ).sum(0)
         disputed += int(differ.sum())
     weight = math.fsum(update.num_examples for update in updates)
-    cohort = ClientUpdate("cohort", Adapter(merged, first.adapter.layout), weight, first.base_version)
+    cohort = ClientUpdate(COHORT, Adapter(merged, first.adapter.layout), weight, first.base_version)
     said = (heard / disputed).tolist() if disputed else [1.0] * len(updates)
     return Judgement([cohort], dict(zip((update.client for update in updates), said, strict=True)))
 

@@ -12,6 +12,9 @@ from common.errors import ConfigurationError, RejectedUpdate
 from common.federation import ClientUpdate, ServerState
 from common.lowrank import Dense, LowRank, Update
 
+COHORT = "cohort"
+"""Name of the one update that stands for all clients."""
+
 NO_UPDATE = "a round without any update cannot be merged"
 
 

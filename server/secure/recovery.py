@@ -18,10 +18,7 @@ from common.secure.sealed_shares import SEALED_BYTES
 from common.secure.shamir import PRIME, Share, join
 from common.travel import complete
 from server.orders import Order
-from strategies.updates import check_update
-
-COHORT = "cohort"
-"""Name of the one update that stands for all clients."""
+from strategies.updates import COHORT, check_update
 
 _SEALED = re.compile(f"[0-9a-f]{{{2 * SEALED_BYTES}}}")
 _SHARE = re.compile("[0-9a-f]{1,132}")

@@ -112,11 +112,10 @@ def matrix_view(rows: Sequence[MatrixRow]) -> RenderableType:
     for row in rows:
         marks = ["yes" if value else "–" for value in (row.exact, row.mixed_ranks)]
         more = ["yes" if v else "–" for v in (row.secure_aggregation, row.error_feedback, row.client_memory)]
-        table.add_row(row.name, *marks, row.uploads, *more, str(len(row.robust)) if row.robust else "–")
+        table.add_row(row.name, *marks, row.uploads, *more, row.rules)
     words = (
         "[dim]secure sum: may be merged under secure aggregation; feedback: int8 and int4 uploads may carry over what "
-        "they lost; memory: clients keep factors of their own; robust rules: how many of them fit. All of it by name: "
-        "docs/plugins.md[/]"
+        "they lost; memory: clients keep factors of their own; robust rules: those that fit at equal ranks[/]"
     )
     return Group("[bold]what goes with what[/]", table, words, "")
 

@@ -25,9 +25,10 @@ from common.errors import ConfigurationError, RejectedUpdate
 from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
 from common.lowrank import Dense, LowRank, Update
 from common.seeds import derive_seed
+from common.travel import around, core_of
 from strategies.aggregation import AggregationStrategy, Capabilities, Travel
 from strategies.alternating import AlternatingSum
-from strategies.frames import core_of, framed
+from strategies.frames import framed
 from strategies.mean import WeightedSum
 from strategies.updates import low_rank_layers
 
@@ -85,8 +86,7 @@ class CoreSum:
         for name, core in mean.layers.items():
             frame = self.frames.layers[name]
             assert isinstance(frame, LowRank)
-            matrix = core.dense()
-            layers[name] = LowRank(frame.b.to(matrix.dtype) @ matrix, frame.a.to(matrix.dtype))
+            layers[name] = around(core.dense(), frame)
         return Adapter.pack(layers, mean.extras, mean.method)
 
 
@@ -139,7 +139,7 @@ def framed_layers(mean: Adapter, seed: int) -> tuple[dict[str, Update], dict[str
     frames: dict[str, Tensor] = {}
     for name, part in low_rank_layers(ClientUpdate("the mean", mean, 1.0)).items():
         frame, core = framed(part, seed, name)
-        layers[name] = LowRank(frame.b @ core, frame.a)
+        layers[name] = around(core, frame)
         frames |= {B + name: frame.b, A + name: frame.a}
     return layers, {name: value.clone() for name, value in mean.extras.items()}, frames
 
@@ -169,6 +169,5 @@ def _leading(start: Adapter, frames: Adapter, rank: int) -> Adapter:
         assert isinstance(part, LowRank)
         assert isinstance(frame, LowRank)
         held = min(rank, frame.rank)
-        block = core_of(part, frame)[:held, :held]
-        layers[name] = LowRank(frame.b[:, :held].to(block) @ block, part.a[:held])
+        layers[name] = around(core_of(part, frame)[:held, :held], frame)
     return Adapter.pack(layers, start.extras, start.method)

@@ -18,16 +18,15 @@ from typing import ClassVar
 from pydantic import Field
 
 from common.adapter import Adapter
-from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
+from common.federation import ServerState
 from common.lowrank import add
-from common.seeds import derive_seed
-from strategies.aggregation import AggregationStrategy, Capabilities
+from strategies.aggregation import Capabilities
 from strategies.global_adapter import grow
 from strategies.products import nearest
-from strategies.residual import MeanAndReplies, residuals
+from strategies.residual import MeanAndReplies, MeanWithReplies, residuals
 
 
-class FedExLoRA(AggregationStrategy):
+class FedExLoRA(MeanWithReplies):
     """Mean of the factors plus its residual: exact; needs equal ranks."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -47,18 +46,6 @@ class FedExLoRA(AggregationStrategy):
         residual = (len(cohort) - 1) * max(cohort)
         grown = residual if self.residual_rank is None else min(residual, self.residual_rank)
         return super().expected_ranks(rank, cohort, merges)[0], merges * grown
-
-    def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
-        """Send the current mean; before round 1 the seed of the ``a`` all clients start from."""
-        return Dispatch(state.start, client.rank, derive_seed(state.spec.seed, "fedex_lora"))
-
-    def begin(self, state: ServerState) -> MeanAndReplies:
-        """Open an empty sum."""
-        return MeanAndReplies()
-
-    def add(self, accumulated: MeanAndReplies, update: ClientUpdate) -> MeanAndReplies:
-        """Add one reply's factors, times its weight, and keep it for the residual."""
-        return accumulated.add(update)
 
     def finish(self, state: ServerState, accumulated: MeanAndReplies) -> ServerState:
         """Replace the start adapter by the mean and grow the global adapter by the residual."""

@@ -20,14 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from common.adapter import Adapter
-from common.federation import ClientInfo, ClientUpdate, Dispatch, ServerState
+from common.federation import ServerState
 from common.lowrank import LowRank, resolution
-from common.seeds import derive_seed
-from strategies.aggregation import AggregationStrategy, Capabilities
-from strategies.residual import MeanAndReplies, residuals
+from strategies.aggregation import Capabilities
+from strategies.residual import MeanAndReplies, MeanWithReplies, residuals
 
 
-class LoRAFair(AggregationStrategy):
+class LoRAFair(MeanWithReplies):
     """Mean of the factors with a corrected ``b``; needs equal ranks."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(mixed_ranks=False, linear_uplink=False, same_coordinates=True)
@@ -35,18 +34,6 @@ class LoRAFair(AggregationStrategy):
     ridge: float = Field(
         0.01, ge=0, description="λ over the mean squared length of the rows of the mean a; 0 is least squares."
     )
-
-    def dispatch(self, state: ServerState, client: ClientInfo) -> Dispatch:
-        """Send the corrected mean; before round 1 the seed of the ``a`` all clients start from."""
-        return Dispatch(state.start, client.rank, derive_seed(state.spec.seed, "lora_fair"))
-
-    def begin(self, state: ServerState) -> MeanAndReplies:
-        """Open an empty sum."""
-        return MeanAndReplies()
-
-    def add(self, accumulated: MeanAndReplies, update: ClientUpdate) -> MeanAndReplies:
-        """Add one reply's factors, times its weight, and keep it for the correction."""
-        return accumulated.add(update)
 
     def finish(self, state: ServerState, accumulated: MeanAndReplies) -> ServerState:
         """Replace the start adapter by the corrected mean."""

@@ -11,28 +11,14 @@ merged; what Δ and Δ² are where coordinates change their meaning from round t
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
-from common.federation import ServerState
-from strategies.aggregation import AggregationStrategy
-from strategies.optimizers import ServerOptimizer
-from strategies.server_rule import Rule
-from strategies.server_step import server_step
+from strategies.adaptive_step import AdaptiveOptimizer
 
 
-class FedYogi(ServerOptimizer):
+class FedYogi(AdaptiveOptimizer):
     """Yogi on the merged update."""
 
-    learning_rate: float = Field(0.01, gt=0, description="η: about how far a settled step moves each number.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="β₁: what is left of the momentum after a round.")
-    beta2: float = Field(0.99, ge=0, lt=1, description="β₂: the smaller, the quicker the mean square moves.")
-    tau: float = Field(1e-3, gt=0, description="τ: changes much smaller than this are not blown up to full steps.")
-
-    def step(self, before: ServerState, after: ServerState, strategy: AggregationStrategy) -> ServerState:
-        """Move by ``η m / (√v + τ)``."""
-        rule = Rule(self.learning_rate, self.beta1, 1 - self.beta1, self.tau, self._second)
-        return server_step(before, after, strategy, rule)
-
-    def _second(self, v: Tensor, square: Tensor) -> Tensor:
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """Return ``v − (1 − β₂) Δ² sign(v − Δ²)``."""
         return v - (1 - self.beta2) * square * (v - square).sign()

@@ -14,10 +14,10 @@ from common.errors import ConfigurationError, RejectedUpdate
 from common.federation import ClientInfo, ClientUpdate, ServerState
 from common.lowrank import LowRank
 from common.start import starting_adapter
-from common.travel import complete, take
+from common.travel import complete, core_of, take
 from strategies import AggregationStrategy, aggregation_strategy
 from strategies.aggregation.fed_sb import SEARCH_ROUNDS, frames_of
-from strategies.frames import core_of, framed
+from strategies.frames import framed
 from tests.reference import cohorts
 
 SPEC = cohorts.model_spec()

@@ -201,7 +201,7 @@ def test_a_core_stays_between_its_frames() -> None:
     inner = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     cores = [torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(4)]
     chosen = optimizer("fedadam", **OPTIONS["fedadam"])
-    rule = Rule(0.03, 0.6, 0.4, 0.02, chosen._second)  # type: ignore[attr-defined]
+    rule = Rule(0.03, 0.6, 0.4, 0.02, chosen.second)  # type: ignore[attr-defined]
     start = Adapter.pack({"out": LowRank(frame @ cores[0], inner)})
     memory: dict[str, torch.Tensor] = {}
     core, deltas = cores[0], []
