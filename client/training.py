@@ -78,13 +78,8 @@ def train(
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, position, step)
-            loss = torch.zeros((), device=device)
-            for part_number, numbers in enumerate(islice(batches, settings.accumulation)):
-                adapted.begin_pass(step * settings.accumulation + part_number)
-                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                    part = workspace.task.row_losses(adapted.model, rows.take(numbers)).mean() / settings.accumulation
-                scaler.scale(part).backward()
-                loss += part.detach()
+            numbers = list(islice(batches, settings.accumulation))
+            loss = _gradients(workspace, rows, numbers, step * settings.accumulation, scaler, precision)
             for penalty in penalties:
                 scaler.scale(penalty()).backward()
             losses.append(_finite(float(loss), step))
@@ -94,6 +89,27 @@ def train(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
     return {"train_loss": sum(losses) / len(losses), "last_loss": losses[-1]}
+
+
+def _gradients(
+    workspace: Workspace,
+    rows: Rows,
+    batches: Sequence[Tensor],
+    first_pass: int,
+    scaler: torch.amp.GradScaler,
+    precision: torch.dtype,
+) -> Tensor:
+    """Add up the gradients of a step's batches, and return their mean loss."""
+    adapted = workspace.adapted
+    device = next(adapted.model.parameters()).device
+    total = torch.zeros((), device=device)
+    for number, batch in enumerate(batches, first_pass):
+        adapted.begin_pass(number)
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            loss = workspace.task.row_losses(adapted.model, rows.take(batch)).mean() / len(batches)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def _penalties(

@@ -22,7 +22,7 @@ from common.adapter_file import read_adapter_file
 from common.errors import ConfigurationError, CorruptArtefact, DataError, shortened
 from common.layer_patterns import LONGEST, LayerTable
 from common.lowrank import LowRank, Update
-from common.peft_state import PREFIX, A, B
+from common.peft_state import PREFIX, A, B, LoraScale, state_from_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -238,14 +238,9 @@ def write_peft_folder(
         task_type=task_type,
         inference_mode=True,
     )
-    tensors: dict[str, Tensor] = {PREFIX + name: value.contiguous() for name, value in adapter.extras.items()}
-    for name, update in factors.items():
-        module = modules[name]
-        kernel = module.weight.shape[1:] if isinstance(module, nn.Conv2d) else update.shape[1:]
-        a = update.a.reshape(update.rank, *kernel)
-        b = update.b.reshape(*update.b.shape, *[1] * (a.dim() - 2))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous().clone()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous().clone()
+    kernels = {name: tuple(m.weight.shape[1:]) for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    state = state_from_adapter(Adapter.pack(factors, adapter.extras), LoraScale(), kernels)
+    tensors = {name: value.clone() for name, value in state.items()}  # a file's tensors share no memory
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
