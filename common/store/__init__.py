@@ -10,6 +10,7 @@
 from common.store.artefacts import ArtefactFile, verify, write_artefact
 from common.store.entities import (
     Artefact,
+    Client,
     ClientRound,
     ClientStatus,
     Event,
@@ -18,6 +19,7 @@ from common.store.entities import (
     RoundStatus,
     Run,
     RunStatus,
+    Statistic,
 )
 from common.store.lock import RunLock, is_locked
 from common.store.run_store import RunStore
@@ -25,6 +27,7 @@ from common.store.run_store import RunStore
 __all__ = [
     "Artefact",
     "ArtefactFile",
+    "Client",
     "ClientRound",
     "ClientStatus",
     "Event",
@@ -35,6 +38,7 @@ __all__ = [
     "RunLock",
     "RunStatus",
     "RunStore",
+    "Statistic",
     "is_locked",
     "verify",
     "write_artefact",

@@ -35,6 +35,8 @@ class Run:
         The final adapter.
     finished_at : datetime or None
         None while the run is ``running``.
+    alive_at : datetime or None
+        When the process that writes the run last said that it lives.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Run:
     created_at: datetime
     updated_at: datetime
     finished_at: datetime | None = None
+    alive_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,53 @@ class Metric:
     value: float
     client: str = ""
     layer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """Many small numbers of one round that are looked at together, one round at a time.
+
+    Attributes
+    ----------
+    kind : str
+        ``timeline``: ``{"clients": {name: [[phase, start, end], …]}, "server": [[phase, start, end], …]}`` in
+        seconds since the round began; phases of clients are wait, download, train, upload, evaluate and lost (asked,
+        no valid answer), those of the server train, aggregate, evaluate.
+        ``similarity``: ``{"clients": [name, …], "cosine": [[…], …]}``, of the clients' updates to each other.
+        ``layers``: ``{"clients": [name, …], "layers": [name, …], "rank": [[…], …], "effective_rank": [[…], …]}``,
+        a row per client, null where a client lacks the layer or nothing was measured.
+    data : JSON value
+        A note ``{"left_out": reason}`` where it would have been too large.
+    """
+
+    run: str
+    round: int
+    kind: str
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A client as the server met it.
+
+    Attributes
+    ----------
+    rank : int or None
+        Rank it trains with, None for one that only evaluates.
+    rank_reason : str
+        Why that rank, in words.
+    device, memory_bytes, max_rank
+        What its node told: name of the device, free memory, highest rank that fits.
+    """
+
+    run: str
+    client: str
+    joined_at: datetime
+    rank: int | None = None
+    rank_reason: str = ""
+    device: str = ""
+    memory_bytes: int = 0
+    max_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

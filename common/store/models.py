@@ -4,7 +4,9 @@
 
     runs ─┬─< rounds ─┬─< client_rounds
           │           ├─< metrics
+          │           ├─< statistics
           │           └─< artefacts (round may be NULL)
+          ├─< clients
           └─< events
 """
 
@@ -84,6 +86,7 @@ class RunRow(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+    alive_at: Mapped[datetime | None]
 
     __table_args__ = (_one_of(RunStatus), Index(None, "created_at", "id"))
 
@@ -150,6 +153,34 @@ class MetricRow(Base):
     value: Mapped[float]
 
     __table_args__ = (_of_round(), Index(None, "run", "name"))
+
+
+class StatisticRow(Base):
+    """Many small numbers of one round; see :class:`common.store.entities.Statistic`."""
+
+    __tablename__ = "statistics"
+
+    run: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[Any] = mapped_column(Json, nullable=False)
+
+    __table_args__ = (_of_round(),)
+
+
+class ClientRow(Base):
+    """A client of a run; see :class:`common.store.entities.Client`."""
+
+    __tablename__ = "clients"
+
+    run: Mapped[str] = mapped_column(_of_run(), primary_key=True)
+    client: Mapped[str] = mapped_column(primary_key=True)
+    rank: Mapped[int | None]
+    rank_reason: Mapped[str] = mapped_column(Sentence)
+    device: Mapped[str]
+    memory_bytes: Mapped[int]
+    max_rank: Mapped[int | None]
+    joined_at: Mapped[datetime]
 
 
 class ArtefactRow(Base):

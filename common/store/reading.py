@@ -10,22 +10,24 @@ from sqlalchemy import ColumnElement, Connection, func, select
 
 from common.errors import UnknownNameError
 from common.store.columns import Name
-from common.store.entities import Artefact, ClientRound, Event, Metric, Round, Run
+from common.store.entities import Artefact, Client, ClientRound, Event, Metric, Round, Run, Statistic
 from common.store.models import (
     ArtefactRow,
     Base,
     ClientRoundRow,
+    ClientRow,
     EventRow,
     MetricRow,
     RoundRow,
     RunRow,
+    StatisticRow,
     table_of,
 )
 
 LAST = "last"
 _LISTED = 5
 
-EntityT = TypeVar("EntityT", Run, Round, ClientRound, Metric, Artefact, Event)
+EntityT = TypeVar("EntityT", Run, Round, ClientRound, Client, Metric, Statistic, Artefact, Event)
 
 
 def read_runs(connection: Connection, limit: int | None = None) -> list[Run]:
@@ -98,6 +100,19 @@ def read_metrics(
     criteria = _where(MetricRow, run=run_id, name=name, round=round, client=client)
     order = (MetricRow.round, MetricRow.name, MetricRow.client, MetricRow.layer)
     return _read(connection, MetricRow, Metric, criteria, order)
+
+
+def read_members(connection: Connection, run_id: str) -> list[Client]:
+    """Read the clients a run has met, by name."""
+    return _read(connection, ClientRow, Client, _where(ClientRow, run=run_id), (ClientRow.client,))
+
+
+def read_statistics(
+    connection: Connection, run_id: str, kind: str | None = None, round: int | None = None
+) -> list[Statistic]:
+    """Read statistics by round and kind."""
+    criteria = _where(StatisticRow, run=run_id, kind=kind, round=round)
+    return _read(connection, StatisticRow, Statistic, criteria, (StatisticRow.round, StatisticRow.kind))
 
 
 def read_artefacts(connection: Connection, run_id: str, kind: str | None, round: int | None) -> list[Artefact]:

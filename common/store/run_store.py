@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from sqlalchemy import Connection
+
 from common.errors import StoreError
 from common.store import reading, writing
 from common.store.artefacts import RUNS, checked_path, make_folder, unusable
 from common.store.database import Database
-from common.store.entities import Artefact, ClientRound, Event, Metric, Round, Run, RunStatus
+from common.store.entities import Artefact, Client, ClientRound, Event, Metric, Round, Run, RunStatus, Statistic
 from common.store.lock import RunLock
 from common.store.writing import RunChanges
 
@@ -245,6 +248,7 @@ class RunStore:
         metrics: Iterable[Metric] = (),
         artefacts: Iterable[Artefact] = (),
         events: Iterable[Event] = (),
+        statistics: Iterable[Statistic] = (),
         **changes: Unpack[RunChanges],
     ) -> Round:
         """Commit a round with all that belongs to it and the run's changes, in one transaction.
@@ -254,7 +258,7 @@ class RunStore:
         round : Round
             ``committed`` or ``failed``; without ``committed_at`` the store's clock gives it. A failed
             round may be committed again, a committed one may not.
-        clients, metrics, artefacts, events
+        clients, metrics, artefacts, events, statistics
             Of this round; the artefacts' files are already on disk.
         **changes
             Of the run: ``rounds_done``, ``best_round`` and so on.
@@ -279,9 +283,34 @@ class RunStore:
             writing.put_round(connection, round, known=status is not None)
             writing.put_clients(connection, clients)
             writing.put_metrics(connection, round.run, round.round, metrics)
+            writing.put_statistics(connection, statistics)
             writing.put_artefacts(connection, files)
             writing.put_events(connection, events)
             return reading.read_rounds(connection, round.run, round.round)[0]
+
+    def record_members(self, clients: Iterable[Client]) -> None:
+        """Record what the server knows of a run's clients, in place of what was known of each."""
+        with self._database.writing() as connection:
+            writing.put_members(connection, clients)
+
+    def mark_alive(self, run_id: str) -> None:
+        """Note that the process that writes a run lives."""
+        with self._database.writing() as connection:
+            writing.mark_alive(connection, run_id, self._clock())
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """Hold a transaction for queries of one's own over the tables of :mod:`common.store.models`."""
+        return self._database.reading()
+
+    def members(self, run_id: str) -> list[Client]:
+        """Return the clients a run has met, by name."""
+        with self._database.reading() as connection:
+            return reading.read_members(connection, run_id)
+
+    def statistics(self, run_id: str, kind: str | None = None, round: int | None = None) -> list[Statistic]:
+        """Return statistics by round and kind."""
+        with self._database.reading() as connection:
+            return reading.read_statistics(connection, run_id, kind, round)
 
     def round(self, run_id: str, round: int) -> Round | None:
         """Return one round; None where it has not begun."""

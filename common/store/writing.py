@@ -12,15 +12,17 @@ from sqlalchemy import Connection, and_, bindparam, delete, insert, update
 from common.errors import RejectedUpdate
 from common.store.artefacts import checked_path
 from common.store.columns import JSON_LENGTH, clean_name, to_json
-from common.store.entities import Artefact, ClientRound, Event, Metric, Round, Run
+from common.store.entities import Artefact, Client, ClientRound, Event, Metric, Round, Run, Statistic
 from common.store.models import (
     ArtefactRow,
     Base,
     ClientRoundRow,
+    ClientRow,
     EventRow,
     MetricRow,
     RoundRow,
     RunRow,
+    StatisticRow,
     table_of,
 )
 from common.store.reading import unknown_run
@@ -113,6 +115,21 @@ def put_metrics(connection: Connection, run_id: str, round: int, metrics: Iterab
     _insert(connection, MetricRow, list(rows.values()))
 
 
+def put_statistics(connection: Connection, statistics: Iterable[Statistic]) -> None:
+    """Insert statistics in place of those of the same round and kind."""
+    _replace(connection, StatisticRow, list({(item.round, item.kind): _values(item) for item in statistics}.values()))
+
+
+def put_members(connection: Connection, clients: Iterable[Client]) -> None:
+    """Insert the clients of a run in place of what was known of them."""
+    _replace(connection, ClientRow, list({clean_name(item.client): _values(item) for item in clients}.values()))
+
+
+def mark_alive(connection: Connection, run_id: str, at: datetime) -> None:
+    """Note that the process that writes a run lives; that is no change of the run."""
+    connection.execute(update(RunRow).where(RunRow.id == run_id).values(alive_at=at))
+
+
 def put_artefacts(connection: Connection, artefacts: Iterable[Artefact]) -> None:
     """Insert artefacts in place of those of the same path."""
     plain = [replace(item, path=checked_path(item.run, item.path)) for item in artefacts]
@@ -132,7 +149,7 @@ def put_event(connection: Connection, event: Event) -> int:
 
 def remove_rounds_after(connection: Connection, run_id: str, round: int) -> None:
     """Delete the rows of all rounds after one, those that refer to others first."""
-    for row in (EventRow, ArtefactRow, MetricRow, ClientRoundRow, RoundRow):
+    for row in (EventRow, ArtefactRow, StatisticRow, MetricRow, ClientRoundRow, RoundRow):
         table = table_of(row)
         connection.execute(delete(table).where(table.c.run == run_id, table.c.round > round))
 
@@ -152,7 +169,7 @@ def remove_run(connection: Connection, run_id: str) -> None:
         raise unknown_run(connection, run_id)
 
 
-def _values(entity: Run | Round | ClientRound | Metric | Artefact | Event) -> Values:
+def _values(entity: Run | Round | ClientRound | Client | Metric | Statistic | Artefact | Event) -> Values:
     return {field.name: getattr(entity, field.name) for field in fields(entity)}
 
 
