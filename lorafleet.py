@@ -119,6 +119,17 @@ NewFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Wri
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the newest.")]
 ReplayStrategy = Annotated[str, typer.Option("--strategy", metavar="NAME", help="Strategy that merges.")]
 Evaluate = Annotated[bool, typer.Option(help="Also measure the clients' held-out loss after every merge.")]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database-url",
+        metavar="URL",
+        help="Database of the runs; LORAFLEET_DATABASE_URL does the same and keeps a password off the command line.",
+    ),
+]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+Address = Annotated[str, typer.Option("--address", help="Address to listen at; beyond localhost readers must sign in.")]
+Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser.")]
 Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -294,6 +305,21 @@ def doctor(home: Home = None, as_json: Json = False) -> int:
     from simulations.terminal import verbs
 
     return verbs.doctor(_output(home, as_json))
+
+
+@app.command()
+def dashboard(
+    home: Home = None,
+    database_url: DatabaseUrl = None,
+    port: Port = 8501,
+    address: Address = "localhost",
+    browser: Browser = True,
+) -> None:
+    """Show runs on pages in the browser, live ones too."""
+    from common.home import default_home
+    from dashboard.launch import serve
+
+    serve(home or default_home(), database_url, port, address, browser)
 
 
 @runs.command("list")

@@ -10,18 +10,22 @@ from common.errors import ClientError
 from common.seeds import chance, derive_seed
 
 
-def suffer(node: Node, number: int) -> None:
-    """Fail or dawdle in round ``number`` if the experiment's seed says so.
+def drop_out(node: Node, number: int) -> None:
+    """Fail in round ``number`` if the experiment's seed says so.
 
     Raises
     ------
     ClientError
         If this client drops out of this round.
     """
-    simulation, seed = node.experiment.simulation, node.experiment.seed
-    if chance(simulation.dropout, seed, "dropout", number, node.name):
+    if chance(node.experiment.simulation.dropout, node.experiment.seed, "dropout", number, node.name):
         raise ClientError("dropped out (simulation.dropout)")
-    if chance(simulation.stragglers, seed, "straggler", number, node.name):
+
+
+def dawdle(node: Node, number: int) -> None:
+    """Take longer in round ``number`` if the experiment's seed says so."""
+    simulation = node.experiment.simulation
+    if chance(simulation.stragglers, node.experiment.seed, "straggler", number, node.name):
         time.sleep(simulation.straggler_delay_s)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import RecordDict
 
 from client.answers import keep_answer, order_key, stored_answer
 from client.device import device_name, free_memory, largest_rank
-from client.faults import is_attacker, lied, suffer
+from client.faults import dawdle, drop_out, is_attacker, lied
 from client.held import held, hold
 from client.memory import recall
 from client.node import Node
@@ -37,6 +37,18 @@ from common.wire import Parcel, read_message, unseal, write_message
 from common.workspace import Workspace, choose_device, model_spec, workspace
 
 
+@dataclass(frozen=True)
+class Stopwatch:
+    """When work on an order began, and how long it takes."""
+
+    began: float = field(default_factory=lambda: round(time.time(), 3))
+    _zero: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Return the time since then."""
+        return round(time.perf_counter() - self._zero, 6)
+
+
 def present(node: Node, content: RecordDict) -> RecordDict:
     """Answer a query."""
     order, _ = read_message(content, Query)
@@ -49,13 +61,14 @@ def present(node: Node, content: RecordDict) -> RecordDict:
 
 def train_order(node: Node, content: RecordDict) -> RecordDict:
     """Answer a training order, from the stored answer if it was done before."""
+    watch = Stopwatch()
     order, parcels = read_message(content, TrainOrder)
     check_order(order.fingerprint, order.client, node)
     key = order_key(order, _parcel(parcels, "start"))
     if node.folder and (stored := stored_answer(node.folder, key)):
         return stored
-    suffer(node, order.round)
-    answer, update = _train(node, order, parcels, join_sum(node, order, key))
+    drop_out(node, order.round)
+    answer, update = _train(node, order, parcels, join_sum(node, order, key), watch)
     if node.folder:
         keep_answer(node.folder, key, answer, update)
     return write_message(answer, {"update": update})
@@ -63,10 +76,10 @@ def train_order(node: Node, content: RecordDict) -> RecordDict:
 
 def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
     """Answer an evaluation order."""
+    watch = Stopwatch()
     order, parcels = read_message(content, EvaluateOrder)
     check_order(order.fingerprint, order.client, node)
     end_session(node, order.round)
-    started = time.perf_counter()
     place = workspace(node.experiment)
     held_out = _data(place, node).held_out
     known = _known(node, order, parcels)
@@ -81,15 +94,15 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
         num_examples=float(len(held_out)),
         metrics=place.task.evaluate(place.adapted.model, held_out),
         holds=_holds(node, order),
-        seconds=time.perf_counter() - started,
+        began=watch.began,
+        seconds=watch.seconds(),
     )
     return write_message(answer)
 
 
 def _train(
-    node: Node, order: TrainOrder, parcels: Mapping[str, Parcel], mask: Mask | None
+    node: Node, order: TrainOrder, parcels: Mapping[str, Parcel], mask: Mask | None, watch: Stopwatch
 ) -> tuple[TrainAnswer, Parcel]:
-    started = time.perf_counter()
     place = workspace(node.experiment)
     rows = _data(place, node).train
     known = _known(node, order, parcels)
@@ -100,6 +113,8 @@ def _train(
     seed = derive_seed(node.experiment.seed, "dropout", order.round, node.name)
     _use(place, node, order, parcels)
     place.adapted.load(start, seed, dispatch)
+    ready = watch.seconds()
+    dawdle(node, order.round)
     metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains, order.tail)
     trained = place.adapted.read()
     if is_attacker(node):
@@ -111,7 +126,9 @@ def _train(
         round=order.round,
         base_version=order.base_version,
         num_examples=float(len(rows)),
-        seconds=time.perf_counter() - started,
+        began=watch.began,
+        ready=ready,
+        seconds=watch.seconds(),
         metrics=metrics,
         holds=_holds(node, order),
         frozen_hash=untrained_hash(trained, dispatch),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,12 @@ MAX_HEADER = 1 << 20
 """Characters a header may have; beyond it a message is refused unread."""
 
 HASH = "^[0-9a-f]{64}$"
+
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+"""How long something took."""
+
+Moment = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+"""When a client took up an order, in seconds since the epoch of its own clock; 0 where it does not say."""
 
 
 class Header(BaseModel):
@@ -91,7 +97,9 @@ class TrainAnswer(Header):
     round: int
     base_version: int
     num_examples: float
-    seconds: float = Field(ge=0, allow_inf_nan=False)
+    seconds: Seconds
+    began: Moment = 0.0
+    ready: Seconds = Field(0.0, description="After it began: until training starts, once all is decoded and loaded.")
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     frozen_hash: str | None = Field(None, max_length=64)
     session: str = Field("", max_length=64, description="Secure session the update is masked for.")
@@ -108,7 +116,8 @@ class EvaluateAnswer(Header):
     client: str = Field(max_length=64)
     round: int
     num_examples: float = Field(gt=0)
-    seconds: float = Field(ge=0, allow_inf_nan=False)
+    seconds: Seconds
+    began: Moment = 0.0
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     holds: tuple[str, ...] = Field((), max_length=2, description="Hashes of the global adapter and frames it keeps.")
 

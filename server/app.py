@@ -19,6 +19,7 @@ from common.home import default_home
 from common.store import Run, RunLock, RunStatus, RunStore
 from common.workspace import method_of, model_spec
 from server.federation import Federation
+from server.heartbeat import heartbeat
 from server.initial import initial_state
 from server.journal import StoreJournal
 from server.nodes import Nodes
@@ -27,7 +28,7 @@ from server.progress import Progress, announce, listening
 from server.rounds import run_rounds
 from strategies import aggregation_strategy
 
-RECORDED = ("round_started", "left_out", "notice", "run_finished")
+RECORDED = ("round_started", "dispatched", "left_out", "aggregated", "notice", "run_finished")
 """Steps that become events of their own; a commit brings its own event."""
 
 app = ServerApp()
@@ -66,7 +67,8 @@ def create_run(store: RunStore, experiment: Experiment) -> Run:
 def _run_locked(grid: Grid, store: RunStore, run: str) -> None:
     with RunLock(store.run_folder(run)), listening(partial(_record, store, run)):
         try:
-            coordinate(grid, store, store.get_run(run))
+            with heartbeat(store, run):
+                coordinate(grid, store, store.get_run(run))
         except KeyboardInterrupt:
             _end(store, run, "interrupted", "interrupted; go on with: lorafleet resume " + run)
             raise
@@ -82,7 +84,7 @@ def _run_locked(grid: Grid, store: RunStore, run: str) -> None:
 
 
 def _record(store: RunStore, run: str, step: Progress) -> None:
-    """Keep what a round's commit does not: when it was begun, who was left out and why, anything worth a line."""
+    """Keep what a round's commit does not: how far it is, who was left out and why, anything worth a line."""
     if step.kind in RECORDED:
         store.add_event(run, step.kind, step.text, round=step.round, client=step.client or None, data=step.data)
 

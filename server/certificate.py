@@ -7,14 +7,20 @@ at once: they are read several times, a few layers of each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from common.adapter import Adapter
 from common.federation import ServerState
 from common.lowrank import Update
+from common.store.columns import JSON_LENGTH
 from common.workspace import cpu_threads
 from server.federation import Federation
 from server.training import Collection
-from strategies.certificate import certificate
+from strategies.certificate import Certificate, certificate
+
+COMPARED_CLIENTS = 200
+"""Beyond that many, the table of cosines is left out."""
+COSINE_DIGITS = 4
 
 HELD_BYTES = 1 << 28
 """Of all clients' layers that are held at a time; small cohorts fit as a whole."""
@@ -40,6 +46,41 @@ def write_certificate(federation: Federation, state: ServerState, collection: Co
     for layer, rank in measured.effective_rank.items():
         record.measure("effective_rank", rank, layer=layer)
         record.measure("merged_norm", measured.norm[layer], layer=layer)
+    record.statistics |= {
+        "similarity": similarity(measured, collection.accepted),
+        "layers": by_layer(measured, collection.accepted),
+    }
+
+
+def similarity(measured: Certificate, clients: Sequence[str]) -> dict[str, Any]:
+    """Tell how alike the updates of some clients are, as it is stored; a note in its place where they are too many."""
+    if len(clients) > COMPARED_CLIENTS:
+        return {"left_out": f"{len(clients):,} clients; they are compared with each other up to {COMPARED_CLIENTS}"}
+    rows = _rows(measured, clients)
+    cosine = measured.similarity[rows][:, rows].round(decimals=COSINE_DIGITS)
+    return {"clients": list(clients), "cosine": cosine.tolist()}
+
+
+def by_layer(measured: Certificate, clients: Sequence[str]) -> dict[str, Any]:
+    """Tell which rank some clients trained in each layer and how much of it they used, as it is stored.
+
+    A note in its place where there are too many numbers.
+    """
+    layers, rows = list(measured.ranks), _rows(measured, clients)
+    numbers = 2 * len(layers) * len(rows)
+    if 2 * numbers > JSON_LENGTH:  # a digit and a comma each; what is longer only when written, the store notes
+        return {"left_out": f"{numbers:,} numbers, which take more than the {JSON_LENGTH:,} characters that are kept"}
+    return {
+        "clients": list(clients),
+        "layers": layers,
+        "rank": [[measured.ranks[layer][row] for layer in layers] for row in rows],
+        "effective_rank": [[measured.energy_ranks[layer][row] for layer in layers] for row in rows],
+    }
+
+
+def _rows(measured: Certificate, clients: Sequence[str]) -> list[int]:
+    places = {client: row for row, client in enumerate(measured.client_norm)}
+    return [places[client] for client in clients]
 
 
 def layers_of(

@@ -21,6 +21,7 @@ from server.federation import Federation
 from server.orders import Order
 from server.progress import announce
 from server.record import RoundRecord
+from server.timeline import Told
 
 
 def evaluation_phase(
@@ -45,6 +46,7 @@ def evaluation_phase(
             evaluate_here(federation, state, record)
 
     deadline = federation.experiment.federation.deadline_s
+    record.timeline.ask(names)
     exchange(federation.grid, orders, deadline, judged.take, judged.leave_out, work_here)
     judged.summarise()
     announce("evaluated", f"{len(judged.answers)} clients evaluated", record.number)
@@ -62,6 +64,7 @@ class Judgements:
 
     def take(self, order: Order, message: Message) -> None:
         """Take an evaluation that just arrived."""
+        received = self.record.timeline.now()
         self.record.bytes_up += message_bytes(message.content)
         try:
             answer, _ = read_message(message.content, EvaluateAnswer)
@@ -75,11 +78,13 @@ class Judgements:
             self.leave_out(order, "rejected", str(error))
             return
         self.answers[order.client] = answer
+        self.record.timeline.answered(order.client, "evaluate", Told(answer.began, answer.seconds), received)
         self.holdings[order.client] = answer.holds
 
     def leave_out(self, order: Order, status: str, reason: str) -> None:
         """Go on without a client's evaluation."""
         self.holdings.pop(order.client, None)
+        self.record.timeline.lose(order.client)
         text = f"{order.client} did not evaluate: {reason}"
         announce("notice", text, self.record.number, order.client, status=status)
 

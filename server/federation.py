@@ -14,7 +14,7 @@ from server.cohort import DEFAULTS
 from server.journal import Journal
 from server.nodes import Nodes
 from server.orders import OrderBook
-from server.ranks import client_rank
+from server.ranks import RankChoice, choose_rank
 from strategies import AggregationStrategy
 from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.robust import ROBUST, RobustRule
@@ -46,6 +46,8 @@ class Federation:
         What is remembered.
     holdings : dict of str to tuple of str
         Hashes of the global adapter and the frames each client said it holds; forgotten when the server restarts.
+    met : set of str
+        Clients that were recorded as members.
     """
 
     run: str
@@ -58,6 +60,7 @@ class Federation:
     nodes: Nodes
     journal: Journal
     holdings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    met: set[str] = field(default_factory=set)
 
     @cached_property
     def rule(self) -> RobustRule:
@@ -81,7 +84,9 @@ class Federation:
 
     def client(self, name: str) -> ClientInfo:
         """Describe a client to the strategy."""
-        settings = self.clients.get(name, DEFAULTS)
-        device = self.nodes.max_rank(name)
-        rank = client_rank(self.experiment, self.strategy, self.spec, settings, self.default_rank, device)
-        return ClientInfo(name, rank)
+        return ClientInfo(name, self.rank(name).rank)
+
+    def rank(self, name: str) -> RankChoice:
+        """Return the rank a client trains with, and why."""
+        settings, node = self.clients.get(name, DEFAULTS), self.nodes.presence(name)
+        return choose_rank(self.experiment, self.strategy, self.spec, settings, self.default_rank, node)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,19 @@ from common.errors import CorruptArtefact
 from common.federation import ModelSpec, ServerState
 from common.messages import TrainAnswer, read_header
 from common.parcel_file import parcel_bytes, read_parcel
-from common.store import Artefact, ClientRound, Event, Metric, Round, Run, RunStore, verify, write_artefact
+from common.store import (
+    Artefact,
+    Client,
+    ClientRound,
+    Event,
+    Metric,
+    Round,
+    Run,
+    RunStore,
+    Statistic,
+    verify,
+    write_artefact,
+)
 from common.wire import Parcel
 from server.record import RoundRecord, best_metric, sentence
 from server.secure.desk import Desk
@@ -38,6 +50,10 @@ class Journal(Protocol):
 
     def begin(self, number: int, cohort: Sequence[str], base_version: int) -> Begun:
         """Begin a round; a resumed one gets the cohort it had."""
+        ...
+
+    def meet(self, clients: Sequence[Client]) -> None:
+        """Record clients that were not there before."""
         ...
 
     def kept(self, number: int) -> Mapping[str, tuple[TrainAnswer, Parcel]]:
@@ -75,6 +91,13 @@ class StoreJournal:
         earlier = [event for event in self.store.events(self.run) if _begins(event, number)] if known else []
         row = self.store.begin_round(self.run, number, cohort, base_version)
         return Begun(row.cohort, len(earlier) + 1)
+
+    def meet(self, clients: Sequence[Client]) -> None:
+        """Record clients; of one that a resumed run has met before, it stays the time it joined."""
+        joined = {member.client: member.joined_at for member in self.store.members(self.run)}
+        self.store.record_members(
+            replace(client, joined_at=joined.get(client.client, client.joined_at)) for client in clients
+        )
 
     def kept(self, number: int) -> dict[str, tuple[TrainAnswer, Parcel]]:
         """Return the replies of an interrupted round; damaged ones are left out, their clients are asked again."""
@@ -147,6 +170,7 @@ class StoreJournal:
             state_path=place[0],
             state_sha256=place[1],
         )
+        statistics = record.statistics | {"timeline": record.timeline.data()}
         changes: dict[str, Any] = {"rounds_done": number - record.repeated}
         if best:
             changes |= {"best_round": number, "best_metric": best_metric(record)}
@@ -156,6 +180,7 @@ class StoreJournal:
             [Metric(self.run, number, name, value, client, layer) for name, value, client, layer in record.metrics],
             artefacts,
             [Event(self.run, record.status, sentence(record), now, number)],
+            [Statistic(self.run, number, kind, data) for kind, data in statistics.items()],
             **changes,
         )
         self._forget_replies(number)

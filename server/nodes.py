@@ -50,9 +50,9 @@ class Nodes:
             found.setdefault(self.presences[node].client, node)
         return found
 
-    def max_rank(self, client: str) -> int | None:
-        """Return the highest rank a client's device can carry, as far as it said so."""
-        return next((p.max_rank for p in self.presences.values() if p.client == client), None)
+    def presence(self, client: str) -> Presence | None:
+        """Return what a client first told of itself: a node that comes back does not change its rank."""
+        return next((presence for presence in self.presences.values() if presence.client == client), None)
 
     def wait_for(self, wanted: Collection[str], at_least: int, timeout: float) -> dict[str, int]:
         """Wait until all wanted clients are online, or the timeout; then ``at_least`` must be.

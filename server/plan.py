@@ -17,7 +17,7 @@ from common.tasks import clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.bounds import bound_refusals
 from server.initial import given_adapter
-from server.ranks import client_rank
+from server.ranks import choose_rank
 from server.secure.refusals import secure_refusals
 from server.traffic import WHOLE, Traffic
 from strategies import AggregationStrategy, aggregation_strategy
@@ -126,7 +126,7 @@ def _ranks(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpe
     found, problems = {}, []
     for name, settings in experiment.simulated_clients().items():
         try:
-            found[name] = client_rank(experiment, strategy, spec, settings, default)
+            found[name] = choose_rank(experiment, strategy, spec, settings, default).rank
         except ConfigurationError as error:
             problems.append(f"client {name}: {error}")
     if problems:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from server.timeline import Timeline
+
 
 @dataclass
 class RoundRecord:
@@ -27,6 +29,11 @@ class RoundRecord:
     exact: bool = False
     samples: str | None = None
     repeated: bool = False
+    statistics: dict[str, Any] = field(default_factory=dict)
+    timeline: Timeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timeline = Timeline(self.started_at.timestamp())
 
     def measure(self, name: str, value: float, client: str = "", layer: str = "") -> None:
         """Add a number, of the whole federation unless a client or layer is named."""

@@ -7,7 +7,6 @@ committed, with the replies it had received.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from server.certificate import write_certificate
 from server.cohort import absent, is_evaluated, training_cohort
 from server.evaluation import evaluation_phase
 from server.federation import Federation
+from server.members import record_members
 from server.orders import as_sent
 from server.progress import announce
 from server.record import RoundRecord, best_metric
@@ -88,6 +88,7 @@ def out_of_patience(experiment: Experiment, done: int, best_round: int | None) -
 def run_round(federation: Federation, state: ServerState, number: int) -> tuple[RoundRecord, ServerState]:
     """Run one round up to its commit."""
     online = federation.nodes.online()
+    record_members(federation, online)
     cohort = training_cohort(federation.experiment, federation.clients, number, online) if number else []
     begun = federation.journal.begin(number, cohort, state.base_version)
     record = RoundRecord(number, begun.cohort, state.base_version, datetime.now(UTC), begun.attempt)
@@ -132,7 +133,8 @@ def _merged(federation: Federation, state: ServerState, collection: Collection) 
     for name, value in sorted(merged.metrics.items()):
         record.measure(name, value)
     _mean_train_loss(collection)
-    announce("aggregated", f"{len(collection.accepted)} updates merged", record.number)
+    taken, asked = len(collection.accepted), len(record.cohort)
+    announce("aggregated", f"{taken} updates merged", record.number, k=taken, n=asked, needed=needed)
     return merged
 
 
@@ -147,11 +149,11 @@ def _mean_train_loss(collection: Collection) -> None:
 
 @contextmanager
 def _timed(record: RoundRecord, phase: str) -> Iterator[None]:
-    started = time.perf_counter()
+    begun = record.timeline.now()
     try:
         yield
     finally:
-        record.phases[phase] = time.perf_counter() - started
+        record.phases[phase] = record.timeline.serve(phase, begun)
 
 
 def _announce_end(record: RoundRecord, federation: Federation) -> None:

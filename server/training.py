@@ -23,6 +23,7 @@ from server.orders import Order
 from server.progress import announce
 from server.record import RoundRecord
 from server.screening import screen
+from server.timeline import Told
 from strategies.merging import merge_gathered
 
 
@@ -60,6 +61,7 @@ class Collection:
 
     def take(self, order: Order, message: Message) -> None:
         """Take a reply that just arrived."""
+        received = self.record.timeline.now()
         self.record.bytes_up += (size := message_bytes(message.content))
         try:
             answer, parcels = read_message(message.content, TrainAnswer)
@@ -69,6 +71,8 @@ class Collection:
             self.leave_out(order, "rejected", str(error), size)
             return
         self.federation.holdings[order.client] = answer.holds
+        told = Told(answer.began, answer.seconds, answer.ready)
+        self.record.timeline.answered(order.client, "train", told, received)
         self._accept(order, update, answer, size)
 
     def take_kept(self, order: Order, answer: TrainAnswer, parcel: Parcel) -> bool:
@@ -87,6 +91,7 @@ class Collection:
     def leave_out(self, order: Order, status: str, reason: str, size: int = 0) -> None:
         """Go on without a client, keeping the reason."""
         self.federation.holdings.pop(order.client, None)
+        self.record.timeline.lose(order.client)
         self.record.clients[order.client] = {
             "status": status,
             "reason": reason,
@@ -196,7 +201,10 @@ def _send(orders: Sequence[Order], collection: Collection, online: dict[str, int
             collection.leave_out(order, "offline", "offline since the round began")
     asked = [order for order in orders if order.client in online]
     record.bytes_down += sum(message_bytes(order.message.content) for order in asked)
-    announce("dispatched", f"{len(asked)} clients train", record.number, clients=[order.client for order in asked])
+    names = [order.client for order in asked]
+    words = f"{len(asked)} clients train"
+    announce("dispatched", words, record.number, clients=names, k=len(asked), n=len(record.cohort))
+    record.timeline.ask(names)
     exchange(
         federation.grid,
         asked,

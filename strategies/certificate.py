@@ -9,8 +9,11 @@ below about 3e-8 of the clients' updates reads as 0.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +44,12 @@ class Certificate:
         Frobenius norm of each client's whole update.
     cosine : mapping of str to float
         Cosine of each client's whole update to the average, in [-1, 1]; 0 where one of them is zero.
+    similarity : Tensor, shape (K, K), float64
+        Cosine of the clients' whole updates to each other, in the order of ``client_norm``; 0 where one is zero.
+    ranks : mapping of str to tuple of int or None
+        Per layer, the rank of each client's update in the same order; None without the layer, or as a matrix.
+    energy_ranks : mapping of str to tuple of int or None
+        Per layer, the effective rank of each client's update; None as above, and all where one of them is a matrix.
     """
 
     error: float
@@ -48,6 +57,17 @@ class Certificate:
     norm: Mapping[str, float]
     client_norm: Mapping[str, float]
     cosine: Mapping[str, float]
+    similarity: Tensor = field(compare=False)
+    ranks: Mapping[str, tuple[int | None, ...]]
+    energy_ranks: Mapping[str, tuple[int | None, ...]]
+
+
+class _Layer(NamedTuple):
+    """One layer's inner products of the parts with each other and with the merge, and the parts' effective ranks."""
+
+    own: Tensor
+    with_merged: Tensor
+    energy_ranks: Sequence[int | None]
 
 
 def certificate(
@@ -70,11 +90,16 @@ def certificate(
     share /= share.sum()
     products = torch.zeros(len(place), len(place), dtype=torch.float64)
     crossed = torch.zeros(len(place), dtype=torch.float64)
+    ranks: dict[str, tuple[int | None, ...]] = {}
+    energy_ranks: dict[str, tuple[int | None, ...]] = {}
     for layer, parts in layers:
         at = torch.tensor([place[client] for client in parts])
-        own, with_merged = _inner_products(list(parts.values()), merged.layers.get(layer))
-        products[at[:, None], at] += own
-        crossed[at] += with_merged
+        found = _measured(list(parts.values()), merged.layers.get(layer))
+        products[at[:, None], at] += found.own
+        crossed[at] += found.with_merged
+        own_ranks = [part.rank if isinstance(part, LowRank) else None for part in parts.values()]
+        ranks[layer] = _spread(place, parts, own_ranks)
+        energy_ranks[layer] = _spread(place, parts, found.energy_ranks)
     spectra = {layer: squared_spectrum(update) for layer, update in merged.layers.items()}
     squares = {layer: float(square.sum()) for layer, square in spectra.items()}
 
@@ -89,47 +114,98 @@ def certificate(
         norm={layer: math.sqrt(square) for layer, square in squares.items()},
         client_norm=dict(zip(place, norms.tolist(), strict=True)),
         cosine=dict(zip(place, cosine.tolist(), strict=True)),
+        similarity=_similarity(products, norms),
+        ranks=ranks,
+        energy_ranks=energy_ranks,
     )
 
 
 def squared_spectrum(update: Update) -> Tensor:
     """Return the squared singular values, falling, float64, from Gram matrices."""
     if isinstance(update, LowRank):
-        a = update.a.double()
-        values, vectors = torch.linalg.eigh(update.b.double().T @ update.b.double())
-        root = vectors * values.clamp_min(0).sqrt()
-        gram: Tensor = root.T @ (a @ a.T) @ root
-    else:
-        thin = update.w.double() if update.shape[0] <= update.shape[1] else update.w.double().T
-        gram = thin @ thin.T
-    spectrum: Tensor = torch.linalg.eigvalsh(gram)
-    return spectrum.flip(0).clamp_min(0)
+        b, a = update.b.double(), update.a.double()
+        return _squared_spectra(b.T @ b, a @ a.T)
+    thin = update.w.double() if update.shape[0] <= update.shape[1] else update.w.double().T
+    return _falling(torch.linalg.eigvalsh(thin @ thin.T))
 
 
 def energy_rank(square: Tensor, energy: float = ENERGY) -> int:
     """Count the fewest values of a falling squared spectrum that hold a share of its sum."""
-    total = float(square.sum())
-    return int((square.cumsum(0) < energy * total).sum()) + 1 if total > 0 else 0
+    return int(_energy_ranks(square, energy))
 
 
-def _inner_products(parts: Sequence[Update], merged: Update | None) -> tuple[Tensor, Tensor]:
-    """Return one layer's inner products of the parts with each other, and with the merge."""
+def _energy_ranks(squares: Tensor, energy: float = ENERGY) -> Tensor:
+    """Count for each spectrum of a batch, shape (..., r)."""
+    total = squares.sum(-1)
+    counted = (squares.cumsum(-1) < energy * total[..., None]).sum(-1) + 1
+    return torch.where(total > 0, counted, 0)
+
+
+def _squared_spectra(b_gram: Tensor, a_gram: Tensor) -> Tensor:
+    """Return the squared singular values of ``b a`` from ``bᵀb`` and ``a aᵀ``, falling; batches of them too."""
+    root, failed = torch.linalg.cholesky_ex(b_gram)
+    if failed.any():  # slots that depend on each other, or were never trained
+        values, vectors = torch.linalg.eigh(b_gram)
+        root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return _falling(torch.linalg.eigvalsh(root.mT @ a_gram @ root))
+
+
+def _falling(rising: Tensor) -> Tensor:
+    return rising.flip(-1).clamp_min(0)
+
+
+def _measured(parts: Sequence[Update], merged: Update | None) -> _Layer:
     factors = [part for part in parts if isinstance(part, LowRank)]
     if len(factors) < len(parts):
         own = torch.tensor([[inner(x, y) for y in parts] for x in parts], dtype=torch.float64)
-        return own, torch.tensor([0.0 if merged is None else inner(x, merged) for x in parts], dtype=torch.float64)
+        crossed = [0.0 if merged is None else inner(x, merged) for x in parts]
+        return _Layer(own, torch.tensor(crossed, dtype=torch.float64), [None] * len(parts))
     b = torch.cat([part.b.double() for part in factors], dim=1)
     a = torch.cat([part.a.double() for part in factors], dim=0)
     owner = torch.repeat_interleave(torch.tensor([part.rank for part in factors]))
     block = torch.nn.functional.one_hot(owner, len(factors)).double()
-    own = block.T @ ((b.T @ b) * (a @ a.T)) @ block
+    b_gram, a_gram = b.T @ b, a @ a.T
+    energy_ranks = _block_energy_ranks(b_gram, a_gram, [part.rank for part in factors])
+    own = block.T @ (b_gram * a_gram) @ block
     if merged is None:
-        return own, own.new_zeros(len(parts))
+        return _Layer(own, own.new_zeros(len(parts)), energy_ranks)
     if isinstance(merged, LowRank):
         slots = ((b.T @ merged.b.double()) * (a @ merged.a.double().T)).sum(1)
     else:
         slots = ((b.T @ merged.w.double()) * a).sum(1)
-    return own, block.T @ slots
+    return _Layer(own, block.T @ slots, energy_ranks)
+
+
+def _block_energy_ranks(b_gram: Tensor, a_gram: Tensor, ranks: Sequence[int]) -> list[int]:
+    """Return the effective rank of each part from the blocks on the diagonal, those of one rank at once."""
+    alike: defaultdict[int, list[int]] = defaultdict(list)
+    for part, rank in enumerate(ranks):
+        alike[rank].append(part)
+    blocks = list(zip(_diagonal_blocks(b_gram, ranks), _diagonal_blocks(a_gram, ranks), strict=True))
+    spectra = b_gram.new_zeros(len(ranks), max(ranks, default=0))
+    for rank, members in alike.items():
+        b_blocks, a_blocks = zip(*(blocks[part] for part in members), strict=True)
+        spectra[members, :rank] = _squared_spectra(torch.stack(b_blocks), torch.stack(a_blocks))
+    return [int(count) for count in _energy_ranks(spectra).tolist()]
+
+
+def _diagonal_blocks(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    ends = list(accumulate(sizes))
+    return [gram[end - size : end, end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _spread(
+    place: Mapping[str, int], parts: Iterable[str], values: Iterable[int | None]
+) -> tuple[int | None, ...]:
+    """Return the parts' values in the order of all clients, None for the others."""
+    held = dict(zip(parts, values, strict=True))
+    return tuple(held.get(client) for client in place)
+
+
+def _similarity(products: Tensor, norms: Tensor) -> Tensor:
+    """Turn inner products into cosines, in place: of many clients they are large."""
+    lengths = torch.where(norms > 0, norms, math.inf)
+    return products.div_(lengths).div_(lengths[:, None]).clamp_(-1, 1)
 
 
 def _root(square: float, least: float) -> float:

@@ -21,6 +21,7 @@ from common.store.entities import (
     RunStatus,
     Statistic,
 )
+from common.store.liveness import last_sign, shown_status
 from common.store.lock import RunLock, is_locked
 from common.store.run_store import RunStore
 
@@ -40,6 +41,8 @@ __all__ = [
     "RunStore",
     "Statistic",
     "is_locked",
+    "last_sign",
+    "shown_status",
     "verify",
     "write_artefact",
 ]

@@ -19,10 +19,12 @@ from pathlib import Path, PurePosixPath
 
 from common.errors import CorruptArtefact, StoreError
 from common.store.columns import clean, clean_name
+from common.store.reading import LAST
 
 RUNS = "runs"
 LOCK_FILE = "lock"
 PATH_LENGTH = 1_000
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _ADVICE = {
     errno.ENOSPC: "free some space there, then resume the run",
@@ -50,6 +52,19 @@ class ArtefactFile:
     path: str
     sha256: str
     nbytes: int
+
+
+def run_folder(home: Path, run_id: str) -> Path:
+    """Return the folder of a run's artefacts.
+
+    Raises
+    ------
+    StoreError
+        When the id cannot name a folder.
+    """
+    if not _RUN_ID.fullmatch(run_id) or run_id == LAST:
+        raise StoreError(f"{run_id[:100]!r} cannot be a run's id; use at most 100 letters, digits, '.', '_' and '-'")
+    return home / RUNS / run_id
 
 
 def write_artefact(folder: Path, name: str, data: bytes | Callable[[Path], object]) -> ArtefactFile:

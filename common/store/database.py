@@ -79,9 +79,14 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Hold a transaction that only reads; rows that cannot be understood mean a damaged database."""
+        """Hold a transaction that only reads; rows that cannot be understood mean a damaged database.
+
+        All its queries see the database as it was at the first of them.
+        """
+        # SQLite does so by itself, PostgreSQL when it is told.
+        level = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         try:
-            with told_in_one_line(self.place), self.engine.connect() as connection:
+            with told_in_one_line(self.place), self.engine.execution_options(**level).connect() as connection:
                 yield connection
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -42,7 +42,7 @@ def parse_url(home: Path, url: str | None) -> URL:
         return parsed.set(drivername="sqlite")
     if kind in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")
-    raise StoreError(f"the database URL {parsed.render_as_string()} is of no kind known here; {_EXPECTED}")
+    raise StoreError(f"the database URL {_shown(parsed)} is of no kind known here; {_EXPECTED}")
 
 
 def connect(url: URL, read_only: bool) -> Engine:
@@ -125,4 +125,9 @@ def _with_begin(engine: Engine) -> Engine:
 
 def place_of(url: URL) -> str:
     """Name the database for a message, without its password."""
-    return f"the database {url.database if url.drivername == 'sqlite' else url.render_as_string()}"
+    return f"the database {url.database if url.drivername == 'sqlite' else _shown(url)}"
+
+
+def _shown(url: URL) -> str:
+    """Write a URL without its password, which the query may hold as well."""
+    return url.set(query={key: value for key, value in url.query.items() if key == "host"}).render_as_string()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +15,11 @@ from sqlalchemy import Connection
 
 from common.errors import StoreError
 from common.store import reading, writing
-from common.store.artefacts import RUNS, checked_path, make_folder, unusable
+from common.store.artefacts import checked_path, make_folder, run_folder, unusable
 from common.store.database import Database
 from common.store.entities import Artefact, Client, ClientRound, Event, Metric, Round, Run, RunStatus, Statistic
 from common.store.lock import RunLock
 from common.store.writing import RunChanges
-
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def utc_now() -> datetime:
@@ -186,11 +183,7 @@ class RunStore:
         StoreError
             When the id cannot name a folder.
         """
-        if not _RUN_ID.fullmatch(run_id) or run_id == reading.LAST:
-            raise StoreError(
-                f"{run_id[:100]!r} cannot be a run's id; use at most 100 letters, digits, '.', '_' and '-'"
-            )
-        return self.home / RUNS / run_id
+        return run_folder(self.home, run_id)
 
     def artefact_file(self, run_id: str, path: str) -> Path:
         """Return where the file of a stored path lies.

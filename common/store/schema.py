@@ -44,10 +44,10 @@ def open_for_reading(engine: Engine, place: str) -> None:
         When they are missing, older, newer or something else.
     """
     with engine.connect() as connection:
-        found = _version(connection, place)
+        found = version_of(connection, place)
     if found is None:
         raise StoreError(f"{place} holds no runs yet; simulate an experiment first")
-    if _is_old(found, place):
+    if is_old(found, place):
         raise StoreError(f"{place} is of the older version {found}; run `lorafleet database upgrade`")
 
 
@@ -60,12 +60,44 @@ def open_for_writing(engine: Engine, place: str) -> bool:
         When they are newer than this code or something else.
     """
     with engine.connect() as connection:
-        found = _version(connection, place)
-    if found is not None and not _is_old(found, place):
+        found = version_of(connection, place)
+    if found is not None and not is_old(found, place):
         return False
     with engine.execution_options(writes=True).connect() as connection:
         _upgrade(connection, place)
     return True
+
+
+def version_of(connection: Connection, place: str) -> str | None:
+    """Read the version of the tables; None where there are none yet.
+
+    Raises
+    ------
+    StoreError
+        When they are something else than ours.
+    """
+    tables = inspect(connection).get_table_names()
+    if not tables:
+        return None
+    if "alembic_version" in tables and "runs" in tables:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        if found is not None:
+            return str(found)
+    raise StoreError(f"{place} holds tables that are not LoRAFleet's; choose another database or --home")
+
+
+def is_old(found: str, place: str) -> bool:
+    """Tell whether a version is older than this code's.
+
+    Raises
+    ------
+    StoreError
+        When it is newer.
+    """
+    known = known_versions()
+    if found not in known:
+        raise StoreError(f"{place} is of the newer version {found}, this code knows {known[-1]}; update LoRAFleet")
+    return found != known[-1]
 
 
 def alembic_config(connection: Connection) -> Config:
@@ -78,24 +110,6 @@ def alembic_config(connection: Connection) -> Config:
     return config
 
 
-def _version(connection: Connection, place: str) -> str | None:
-    tables = inspect(connection).get_table_names()
-    if not tables:
-        return None
-    if "alembic_version" in tables and "runs" in tables:
-        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        if found is not None:
-            return str(found)
-    raise StoreError(f"{place} holds tables that are not LoRAFleet's; choose another database or --home")
-
-
-def _is_old(found: str, place: str) -> bool:
-    known = known_versions()
-    if found not in known:
-        raise StoreError(f"{place} is of the newer version {found}, this code knows {known[-1]}; update LoRAFleet")
-    return found != known[-1]
-
-
 def _upgrade(connection: Connection, place: str) -> None:
     from alembic import command
 
@@ -106,8 +120,8 @@ def _upgrade(connection: Connection, place: str) -> None:
         if not sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_KEY})
         # Another process may have done it while this one waited for its turn.
-        found = _version(connection, place)
-        if found is None or _is_old(found, place):
+        found = version_of(connection, place)
+        if found is None or is_old(found, place):
             command.upgrade(alembic_config(connection), "head")
     if sqlite:
         _foreign_keys(connection, on=True)

@@ -75,7 +75,7 @@ class Asking:
         for name in here:
             self._count(name, request(name).content, self._kept_bytes(step, name))
         if outcome is None:
-            self._exchange([name for name in names if name not in here], request, take)
+            self._exchange(step, [name for name in names if name not in here], request, take)
             outcome = Outcome([name for name in sorted(names) if name not in self._lost], self._lost)
             self.desk.close(step, outcome)
         for name, (status, reason) in outcome.lost.items():
@@ -129,22 +129,33 @@ class Asking:
         self.record.clients[client] = {"status": "accepted", "rank": rank, "seconds": seconds, **counted}
 
     def _exchange(
-        self, names: Sequence[str], request: Callable[[str], Message], take: Callable[[str, RecordDict], None]
+        self,
+        step: Step,
+        names: Sequence[str],
+        request: Callable[[str], Message],
+        take: Callable[[str, RecordDict], None],
     ) -> None:
+        def lose(client: str, status: str, reason: str) -> None:
+            self._lost[client] = (status, reason)
+            if step == "uploads":
+                self.record.timeline.lose(client)
+
         def answered(asked: Ask, reply: Message) -> None:
             self._count(asked.client, asked.message.content, message_bytes(reply.content))
             try:
                 take(asked.client, reply.content)
             except ClientError as error:
-                self._lost[asked.client] = ("rejected", str(error))
+                lose(asked.client, "rejected", str(error))
 
         def failed(asked: Ask, status: str, reason: str) -> None:
             self._count(asked.client, asked.message.content, 0)
-            self._lost[asked.client] = (status, reason)
+            lose(asked.client, status, reason)
 
         away = [name for name in names if name not in self.online]
         self._lost |= dict.fromkeys(away, ("offline", "offline since the round began"))
         asks = [Ask(name, request(name)) for name in names if name in self.online]
+        if step == "uploads":
+            self.record.timeline.ask(ask.client for ask in asks)
         exchange(self.federation.grid, asks, self.federation.experiment.federation.deadline_s, answered, failed)
 
     def _count(self, client: str, sent: RecordDict, received: int) -> None:

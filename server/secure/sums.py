@@ -40,6 +40,7 @@ from server.record import RoundRecord
 from server.secure.asking import Asking
 from server.secure.desk import Desk
 from server.secure.recovery import check_sealed, check_shares, lift_masks, mean_update
+from server.timeline import Told
 from server.training import Collection
 
 Keys = dict[str, PublicKeys]
@@ -161,14 +162,18 @@ class SecureSum:
             return orders[name].message
 
         def take(name: str, content: RecordDict) -> None:
+            received = self.record.timeline.now()
             answer, parcels = read_message(content, TrainAnswer)
             self._check_upload(orders[name], answer, parcels, _words(wide))
             self.asking.desk.keep_upload(name, answer, parcels["update"])
             self.federation.holdings[name] = answer.holds
+            told = Told(answer.began, answer.seconds, answer.ready)
+            self.record.timeline.answered(name, "train", told, received)
             text = f"{name} trained in {answer.seconds:.1f} s"
             announce("reply", text, self.record.number, name, seconds=answer.seconds, train_loss=None)
 
-        announce("dispatched", f"{len(sealed)} clients train", self.record.number, clients=sorted(sealed))
+        words, cohort = f"{len(sealed)} clients train", len(self.record.cohort)
+        announce("dispatched", words, self.record.number, clients=sorted(sealed), k=len(sealed), n=cohort)
         names = self.asking.ask("uploads", sorted(sealed), request, take)
         # 0.3 × 10 is a little above 3
         quorum = math.ceil(self.federation.experiment.federation.min_completion * len(self.record.cohort) - 1e-9)

@@ -46,6 +46,8 @@ class Follower:
         kind, number, data = event.kind, event.round or 0, dict(event.data)
         if kind == "round_started":
             self._round, self._replied = number, set()
+        elif kind == "aggregated":
+            self._tell_replies()  # a merge comes after what it merges
         elif kind in ("committed", "failed"):
             self._tell_replies()
             kind = "committed" if kind == "committed" else "round_failed"

@@ -14,15 +14,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from common.wording import number, size
 from simulations.terminal.settings_help import toml_value
 from simulations.terminal.tables import (
     LISTED_CLIENTS,
     Summary,
     more_clients,
-    number,
     numbers_table,
     rounds_table,
-    size,
     status_text,
     troubles,
 )

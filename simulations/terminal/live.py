@@ -19,8 +19,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from common.wording import duration
 from server.progress import Progress
-from simulations.terminal.tables import duration
 
 LISTED_CLIENTS = 10
 BAR_WIDTH = 20

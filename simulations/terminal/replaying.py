@@ -12,7 +12,8 @@ from rich.progress import track
 
 from common.errors import ConfigurationError, UserError
 from common.experiment_file import apply_override
-from simulations.terminal.tables import Output, number, numbers_table
+from common.wording import number
+from simulations.terminal.tables import Output, numbers_table
 
 if TYPE_CHECKING:
     from server.replay import ReplayedRound

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.store import ClientRound, Metric, Round, Run, RunStore, is_locked
+from common.store import Client, ClientRound, Metric, Round, Run, RunStore, shown_status
 from common.store.engine import URL_VARIABLE
-
-
-def shown_status(store: RunStore, run: Run) -> str:
-    """Return a run's status; one that is ``running`` but that no living process writes was interrupted."""
-    if run.status == "running" and not is_locked(store.run_folder(run.id)):
-        return "interrupted"
-    return run.status
 
 
 OF_CLIENTS = ("cosine_to_mean", "update_norm", "trust", "download_discarded_energy")
@@ -55,7 +48,7 @@ def list_summary(home: Path, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def run_summary(store: RunStore, name: str) -> dict[str, Any]:
-    """Describe a run with its rounds that ended, its clients and its files.
+    """Describe a run with its rounds that ended, what clients did in them and are, and its files.
 
     Parameters
     ----------
@@ -75,6 +68,7 @@ def run_summary(store: RunStore, name: str) -> dict[str, Any]:
         "home": str(store.home),
         "rounds": [_round(row, metrics) for row in ended_rounds(store, run.id)],
         "clients": [_client(row) for row in store.client_rounds(run.id)],
+        "members": [_member(row) for row in store.members(run.id)],
         "artifacts": [
             {"kind": file.kind, "path": str(store.home / file.path), "sha256": file.sha256, "round": file.round}
             for file in store.artefacts(run.id)
@@ -145,4 +139,16 @@ def _client(row: ClientRound) -> dict[str, Any]:
         "bytes_up": row.bytes_up,
         "bytes_down": row.bytes_down,
         "seconds": row.seconds,
+    }
+
+
+def _member(row: Client) -> dict[str, Any]:
+    return {
+        "client": row.client,
+        "joined_at": row.joined_at.isoformat(),
+        "rank": row.rank,
+        "rank_reason": row.rank_reason,
+        "device": row.device,
+        "memory_bytes": row.memory_bytes,
+        "max_rank": row.max_rank,
     }

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from common.errors import ConfigurationError, LoRAFleetError
 from common.plugins import PLUGINS_VARIABLE
+from common.wording import counted, duration, number, size
 from simulations.terminal.summary import json_text
 
 if TYPE_CHECKING:
@@ -208,32 +209,6 @@ def numbers_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
     return table
-
-
-def size(nbytes: float) -> str:
-    """Write a number of bytes for people."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= limit:
-            return f"{nbytes / limit:.1f} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Write a duration for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Write a number that may be missing."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def counted(count: int, noun: str) -> str:
-    """Write ``1 round``, ``2 rounds``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def status_text(status: str) -> str:

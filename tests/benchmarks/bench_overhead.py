@@ -18,6 +18,7 @@ from common.experiment import Experiment
 from common.federation import Dispatch, ModelSpec, ServerState
 from common.messages import Presence, Query, TrainAnswer, TrainOrder
 from common.start import starting_adapter
+from common.store import Client
 from common.wire import Parcel, read_message, seal, unseal, write_message
 from server.federation import Federation
 from server.journal import Begun
@@ -50,6 +51,9 @@ class MemoryJournal:
         """Begin a round."""
         self.replies.clear()
         return Begun(tuple(cohort), 1)
+
+    def meet(self, clients: Sequence[Client]) -> None:
+        """Remember nobody."""
 
     def kept(self, number: int) -> Mapping[str, tuple[TrainAnswer, Parcel]]:
         """Nothing is kept."""

@@ -7,8 +7,9 @@ import pytest
 from common.errors import ConfigurationError
 from common.experiment import ClientSettings
 from common.federation import ModelSpec
+from common.messages import Presence
 from server.plan import make_plan
-from server.ranks import client_rank
+from server.ranks import RankChoice, choose_rank, explained
 from strategies import AGGREGATION, aggregation_strategy
 from tests.tiny import synthetic
 
@@ -16,10 +17,15 @@ SPEC = ModelSpec({"wide": (4, 60), "tall": (60, 4)}, seed=1)
 """A rank of both layers is 128 numbers, clamped to 4; 64 of them in b, 64 in a."""
 
 
-def rank(strategy: str = "flora", device: int | None = None, wire: str = "fp32", **settings: object) -> int:
+def choice(strategy: str = "flora", device: int | None = None, wire: str = "fp32", **settings: object) -> RankChoice:
     experiment = synthetic(f"federation.wire={wire}")
     client = ClientSettings.model_validate(settings)
-    return client_rank(experiment, aggregation_strategy(strategy), SPEC, client, 8, device)
+    node = Presence(client="ada", max_rank=device, memory_bytes=8_000_000_000)
+    return choose_rank(experiment, aggregation_strategy(strategy), SPEC, client, 8, node)
+
+
+def rank(strategy: str = "flora", device: int | None = None, wire: str = "fp32", **settings: object) -> int:
+    return choice(strategy, device, wire, **settings).rank
 
 
 @pytest.mark.parametrize(
@@ -55,13 +61,35 @@ def test_a_budget_never_raises_a_rank() -> None:
     assert rank(rank="auto", device=1, upload_bytes=10**9) == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ({}, None, (8, "the adapter's rank")),
+        ({"rank": 3}, 2, (3, "stated for this client")),
+        ({"rank": "auto"}, 2, (2, "largest that fits the device (8.0 GB free)")),
+        ({"rank": "auto"}, 99, (8, "the adapter's rank, which fits the device (8.0 GB free)")),
+        ({"rank": "auto"}, None, (8, "the adapter's rank, as its device did not say what fits")),
+        ({"upload_bytes": 4 * 128 * 3}, None, (3, "largest whose upload fits 1,536 bytes")),
+        ({"rank": 2, "upload_bytes": 10**9}, None, (2, "stated for this client")),
+    ],
+)
+def test_every_rank_has_its_reason(settings: dict[str, object], device: int | None, expected: RankChoice) -> None:
+    assert choice(device=device, **settings) == expected
+
+
+def test_a_rank_above_the_size_of_layers_says_so() -> None:
+    spec = ModelSpec({"narrow": (2, 60), "small": (60, 4), "wide": (60, 60)}, seed=1)
+    said = [explained(RankChoice(rank, "so"), spec) for rank in (2, 4, 8)]
+    assert said == ["so", "so; clamped to 2 in 1 of 3 layers", "so; clamped to 2 to 4 in 2 of 3 layers"]
+
+
 def test_every_round_counts_however_many_are_planned() -> None:
     """Were only planned rounds to count, a run that is extended would change its ranks."""
     lopsided = ModelSpec({"wide": (4, 60)}, seed=1)
     client = ClientSettings(upload_bytes=4 * 60 * 2)
     for rounds in (1, 2, 9):
         experiment = synthetic(f"federation.rounds={rounds}")
-        assert client_rank(experiment, aggregation_strategy("rolora"), lopsided, client, 4) == 2
+        assert choose_rank(experiment, aggregation_strategy("rolora"), lopsided, client, 4).rank == 2
 
 
 def test_too_small_a_budget_is_refused_with_what_it_takes() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 from common.errors import ConfigurationError, RunError, StoreError, UserError
 from common.experiment import Experiment
 from common.store import ClientRound, Event, Metric, Round, RunLock, RunStore
+from common.wording import duration, size
 from server.plan import Plan, PlannedClient
 from server.progress import Progress, announce
 from simulations.terminal import verbs
@@ -27,12 +28,10 @@ from simulations.terminal.session import run_session, watching
 from simulations.terminal.summary import json_text, list_summary, run_summary
 from simulations.terminal.tables import (
     Output,
-    duration,
     outcome_view,
     plan_view,
     print_error,
     print_next,
-    size,
     troubles,
 )
 

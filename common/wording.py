@@ -1,0 +1,29 @@
+"""Numbers written for people, the same in the terminal and on pages."""
+
+from __future__ import annotations
+
+
+def size(nbytes: float) -> str:
+    """Write a number of bytes for people."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= limit:
+            return f"{nbytes / limit:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number that may be missing."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write ``1 round``, ``2 rounds``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,99 @@
+"""The frame around the pages: who may look, which run is looked at, and what is said when there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from common.errors import StoreError
+from common.store import Run
+from dashboard.login import signed_in
+from dashboard.pages import TITLES, link, pass_the_door, register
+from dashboard.pieces import command
+from dashboard.session import REFRESH_S, all_runs, run_label, source
+from dashboard.views import clients, compare, layers, privacy, run, runs
+from dashboard.words import code, plain
+
+VIEWS = {
+    "runs": runs.page,
+    "run": run.page,
+    "clients": clients.page,
+    "privacy": privacy.page,
+    "layers": layers.page,
+    "compare": compare.page,
+}
+ICON = Path(__file__).with_name("static") / "icon.svg"
+
+
+def frame() -> None:
+    """Show the page the address names."""
+    st.set_page_config("LoRAFleet", str(ICON), layout="wide")
+    if not signed_in():
+        return
+    shown = {
+        name: st.Page(VIEWS[name], title=title, icon=icon, url_path=name) for name, (title, icon) in TITLES.items()
+    }
+    shown["runs"] = st.Page(VIEWS["runs"], title="Runs", icon=TITLES["runs"][1], url_path="runs", default=True)
+    register(shown)
+    page = st.navigation(list(shown.values()), position="hidden")
+    pass_the_door()
+    try:
+        known = all_runs()
+        if known:
+            choose(known)
+            page.run()
+        else:
+            without_runs()
+    except StoreError as error:
+        without_store(error)
+
+
+def choose(known: list[Run]) -> None:
+    """Let the reader choose page and run; the address holds both."""
+    labels = {run.id: run_label(run) for run in known}
+    named = st.query_params.get("run", "")
+    names = list(labels)
+    with st.sidebar:
+        links = st.container(gap="xxsmall")
+        st.divider()
+        place = names.index(named) if named in labels else 0
+        chosen = st.selectbox("Run", names, place, format_func=lambda name: labels.get(name, name))
+        if named and named not in labels:
+            st.caption(f"There is no run {plain(named, 60)} here; this is the newest.")
+    if chosen != named:
+        st.query_params["run"] = chosen
+    with links:
+        for name in TITLES:
+            link(name, chosen)
+
+
+def without_runs() -> None:
+    """Say what to type where the store is empty."""
+    st.title("No runs yet")
+    st.markdown("This store is ready and empty. Begin a run in a terminal, and it appears here as it goes on:")
+    command("lorafleet simulate quickstart")
+    wait_for_change()
+
+
+def without_store(error: StoreError) -> None:
+    """Say why there is nothing to show, and look again."""
+    st.title("The store does not answer")
+    st.error(plain(error, 1_000))
+    st.markdown(f"Looked for in {code(str(source().home))}. Another folder: {code('lorafleet dashboard --home DIR')}")
+    wait_for_change()
+
+
+@st.fragment(run_every=REFRESH_S)
+def wait_for_change() -> None:
+    """Show everything again once there is a run, or once the store answers."""
+    try:
+        found = bool(all_runs()) and not source().trouble
+    except StoreError:
+        found = False
+    if found:
+        st.rerun()
+    st.caption("Looking again every two seconds.")
+
+
+frame()

@@ -1,0 +1,87 @@
+"""Pieces that pages are made of: charts with their table, explanations where there is no data, live parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import streamlit as st
+from streamlit.elements.lib.column_types import ColumnConfig
+
+from common.errors import StoreError
+from common.store import Run
+from dashboard.charts import Spec
+from dashboard.session import REFRESH_S, chosen_run, source
+from dashboard.words import code, plain
+
+HEIGHT = 280
+
+
+def chosen_or_stop() -> Run:
+    """Return the run the page is about; without one the page ends here."""
+    run = chosen_run()
+    if run is None:
+        st.info("There is no run yet. Begin one in a terminal: " + code("lorafleet simulate quickstart"))
+        st.stop()
+    return run
+
+
+def draw(title: str, table: pd.DataFrame, spec: Spec, why_empty: str, *, key: str, height: int = HEIGHT) -> None:
+    """Draw a chart under a title, or say why there is none.
+
+    Parameters
+    ----------
+    title : str
+        Of our own, as all texts here.
+    table : DataFrame
+        Its columns are those the specification names; without rows there is no chart.
+    spec : dict
+        Of :mod:`dashboard.charts`.
+    why_empty : str
+        A sentence, in Markdown.
+    key : str
+        Names the chart on its page, so that a live one is changed in place.
+    height : int, pixels
+        Of the chart.
+    """
+    st.markdown(f"**{title}**")
+    if table.empty:
+        explain(why_empty)
+    else:
+        st.vega_lite_chart(table, {**spec, "height": height, "description": title}, width="stretch", key=key, alt=title)
+
+
+def command(text: str) -> None:
+    """Show a command to copy and type."""
+    st.code(text, language=None, wrap_lines=True)
+
+
+def explain(sentence: str) -> None:
+    """Say in place of a chart why there is none."""
+    st.caption(sentence)
+
+
+def table(rows: pd.DataFrame, *, key: str, height: int | None = None, **config: ColumnConfig | str | None) -> None:
+    """Show rows as a table: text in it is shown as it is."""
+    st.dataframe(rows, hide_index=True, width="stretch", height=height or "auto", key=key, column_config=config)
+
+
+def live(body: Callable[[], None], running: bool) -> None:
+    """Show a part of a page that looks again by itself while the run goes on; only this part is sent anew."""
+
+    def looked() -> None:
+        try:
+            body()
+        except StoreError as error:
+            st.error(plain(error))
+        stale()
+
+    st.fragment(looked, run_every=REFRESH_S if running else None)()
+
+
+def stale() -> None:
+    """Say that the store does not answer, and how old the view is."""
+    here = source()
+    if here.trouble:
+        since = f"{here.answered_at:%H:%M:%S} UTC" if here.answered_at else "an earlier look"
+        st.warning(f"This is the view of {since}: the store does not answer. Trying again. {plain(here.trouble)}")

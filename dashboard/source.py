@@ -1,0 +1,156 @@
+"""One store as all sessions of a dashboard see it: what was asked before is not asked again until something changes.
+
+A store that does not answer leaves the last view standing: whatever was asked of the last known moment is still in
+the cache, and :attr:`Source.trouble` says since when the view is old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import streamlit as st
+from sqlalchemy import Connection
+
+from common.errors import StoreError
+from common.store import RunStore
+from common.store.run_store import utc_now
+from dashboard.queries.moments import last_change
+
+T = TypeVar("T")
+KEPT = 300
+"""Answers that are kept, of all runs and moments together."""
+
+
+class Source:
+    """A store, opened for reading when it is first asked and again after every failure.
+
+    Parameters
+    ----------
+    home : Path
+        Folder of the runs.
+    url : str or None
+        Of the database, as for :class:`~common.store.RunStore`.
+
+    Attributes
+    ----------
+    trouble : str
+        Why the store does not answer now; empty when it does.
+    answered_at : datetime or None
+        When it last did.
+    """
+
+    def __init__(self, home: Path, url: str | None) -> None:
+        self.home = home
+        self.trouble = ""
+        self.answered_at: datetime | None = None
+        self._url = url
+        self._store: RunStore | None = None
+        self._lock = Lock()
+        self._known: dict[str, str] = {}
+
+    def look(self, run: str = "") -> Look:
+        """Look at a run, or at the whole store.
+
+        Raises
+        ------
+        StoreError
+            If the store does not answer and never did for this run.
+        """
+        try:
+            with self.reading() as connection:
+                token = last_change(connection, run)
+        except StoreError as error:
+            self.trouble = str(error)
+            if run not in self._known:
+                raise
+        else:
+            self.trouble, self.answered_at = "", utc_now()
+            self._known[run] = token
+        return Look(self, run, self._known[run])
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Hold a transaction that reads.
+
+        Raises
+        ------
+        StoreError
+            If the store does not answer.
+        """
+        try:
+            with self.store.reading() as connection:
+                yield connection
+        except StoreError:
+            self._forget()
+            raise
+
+    @property
+    def store(self) -> RunStore:
+        """The store itself, for what is asked of its files.
+
+        Raises
+        ------
+        StoreError
+            If it cannot be opened.
+        """
+        with self._lock:
+            if self._store is None:
+                self._store = RunStore.open(self.home, self._url, read_only=True)
+            return self._store
+
+    def _forget(self) -> None:
+        with self._lock:
+            store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+
+@dataclass(frozen=True)
+class Look:
+    """A store at one moment: all answers to one look belong together.
+
+    Parameters
+    ----------
+    source : Source
+        Where it looks.
+    run : str
+        Id of the run looked at; empty for the whole store.
+    token : str
+        Another one for every change.
+    """
+
+    source: Source
+    run: str
+    token: str
+
+    def ask(self, query: Callable[..., T], *args: Any) -> T:
+        """Ask a function of :mod:`dashboard.queries`; the connection is put before the arguments.
+
+        Raises
+        ------
+        StoreError
+            If it was not asked before and the store does not answer.
+        """
+        name = f"{query.__module__}.{query.__name__}"
+        answer: T = _answer(id(self.source), self.run, self.token, name, args, self.source, query)
+        return answer
+
+
+@st.cache_data(show_spinner=False, max_entries=KEPT)
+def _answer(
+    source: int,  # noqa: ARG001
+    run: str,  # noqa: ARG001
+    token: str,  # noqa: ARG001
+    name: str,  # noqa: ARG001
+    args: tuple[Any, ...],
+    _source: Source,
+    _query: Callable[..., Any],
+) -> Any:
+    with _source.reading() as connection:
+        return _query(connection, *args)
