@@ -24,7 +24,9 @@ typer.core.HAS_RICH = False  # loading Rich for --help takes longer than everyth
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 runs = typer.Typer(no_args_is_help=True)
-app.add_typer(runs, name="runs", help="List, show and delete runs.")
+app.add_typer(runs, name="runs", help="List, show, move and delete runs.")
+database = typer.Typer(no_args_is_help=True)
+app.add_typer(database, name="database", help="Upgrade and back up the database of runs.")
 
 
 class Driver(StrEnum):
@@ -130,6 +132,12 @@ DatabaseUrl = Annotated[
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 Address = Annotated[str, typer.Option("--address", help="Address to listen at; beyond localhost readers must sign in.")]
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser.")]
+PackTo = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; must not exist.")]
+WithoutReplies = Annotated[
+    bool, typer.Option("--without-replies", help="Leave out the clients' own replies, where the run has kept them.")
+]
+PackedFile = Annotated[Path, typer.Argument(hidden=True)]
+NewId = Annotated[str | None, typer.Option("--as", metavar="ID", help="Id of the run here. [default: the one it had]")]
 Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -341,6 +349,30 @@ def show_run(run: Run, home: Home = None, as_json: Json = False) -> int:
     return verbs.show_run(run, _output(home, as_json))
 
 
+@runs.command("pack")
+def pack_run(
+    run: Run, out: PackTo, without_replies: WithoutReplies = False, home: Home = None, as_json: Json = False
+) -> int:
+    """Write a run, rows and artefacts, into one file.
+
+    RUN is the id of a run, the beginning of an id, or `last`; one that goes on is packed as it stands.
+    """
+    from simulations.terminal import keeping
+
+    return keeping.pack(run, out, not without_replies, _output(home, as_json))
+
+
+@runs.command("add")
+def add_run(packed: PackedFile, new_id: NewId = None, home: Home = None, as_json: Json = False) -> int:
+    """Add a packed run to this home.
+
+    PACKED is a file that `lorafleet runs pack` has written, here or on another machine.
+    """
+    from simulations.terminal import keeping
+
+    return keeping.add(packed, new_id, _output(home, as_json))
+
+
 @runs.command("delete")
 def delete_run(run: Run, sure: Sure = False, home: Home = None, as_json: Json = False) -> int:
     """Delete a run with all its files.
@@ -350,6 +382,28 @@ def delete_run(run: Run, sure: Sure = False, home: Home = None, as_json: Json = 
     from simulations.terminal import verbs
 
     return verbs.delete_run(run, sure, _output(home, as_json))
+
+
+@database.command("upgrade")
+def upgrade_database(home: Home = None, database_url: DatabaseUrl = None, as_json: Json = False) -> int:
+    """Bring an older database to this version.
+
+    A SQLite database is copied first, to a file beside it.
+    """
+    from simulations.terminal import keeping
+
+    return keeping.upgrade_database(database_url, _output(home, as_json))
+
+
+@database.command("backup")
+def back_up_database(out: PackTo, home: Home = None, database_url: DatabaseUrl = None, as_json: Json = False) -> int:
+    """Copy the database into a SQLite file, also while runs go on.
+
+    Artefacts are not in it: they are files in the home's folder runs.
+    """
+    from simulations.terminal import keeping
+
+    return keeping.back_up_database(out, database_url, _output(home, as_json))
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,29 @@ def apply_override(table: Table, override: str) -> None:
     if last == "name" and len(path) == 1 and path[0] in PLUGIN_SECTIONS and place.get("name") != value:
         place.pop("options", None)
     place[last] = value
+
+
+def toml_value(value: Any) -> str:
+    """Write a value as TOML.
+
+    Raises
+    ------
+    ValueError
+        If TOML cannot hold it.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are among TOML's, which also wants DEL escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{toml_value(str(key))} = {toml_value(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    raise ValueError(f"{value!r} cannot be written as TOML")
 
 
 def _value(text: str) -> Any:

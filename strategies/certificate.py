@@ -124,7 +124,7 @@ def squared_spectrum(update: Update) -> Tensor:
     """Return the squared singular values, falling, float64, from Gram matrices."""
     if isinstance(update, LowRank):
         b, a = update.b.double(), update.a.double()
-        return _squared_spectra(b.T @ b, a @ a.T)
+        return _squared_spectra(_eigen_root(b.T @ b), a @ a.T)
     thin = update.w.double() if update.shape[0] <= update.shape[1] else update.w.double().T
     return _falling(torch.linalg.eigvalsh(thin @ thin.T))
 
@@ -141,13 +141,24 @@ def _energy_ranks(squares: Tensor, energy: float = ENERGY) -> Tensor:
     return torch.where(total > 0, counted, 0)
 
 
-def _squared_spectra(b_gram: Tensor, a_gram: Tensor) -> Tensor:
-    """Return the squared singular values of ``b a`` from ``bᵀb`` and ``a aᵀ``, falling; batches of them too."""
-    root, failed = torch.linalg.cholesky_ex(b_gram)
-    if failed.any():  # slots that depend on each other, or were never trained
-        values, vectors = torch.linalg.eigh(b_gram)
-        root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+def _squared_spectra(root: Tensor, a_gram: Tensor) -> Tensor:
+    """Return the squared singular values of ``b a``, falling, where ``root rootᵀ = bᵀb``; batches of them too."""
     return _falling(torch.linalg.eigvalsh(root.mT @ a_gram @ root))
+
+
+def _eigen_root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return root
+
+
+def _quick_root(gram: Tensor) -> Tensor:
+    """Return a root in a tenth of the time; not for an error, which needs the last digits of a norm."""
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():  # slots that depend on each other, or were never trained
+        root = torch.where(failed[..., None, None] > 0, _eigen_root(gram), root)
+    return root
 
 
 def _falling(rising: Tensor) -> Tensor:
@@ -185,7 +196,7 @@ def _block_energy_ranks(b_gram: Tensor, a_gram: Tensor, ranks: Sequence[int]) ->
     spectra = b_gram.new_zeros(len(ranks), max(ranks, default=0))
     for rank, members in alike.items():
         b_blocks, a_blocks = zip(*(blocks[part] for part in members), strict=True)
-        spectra[members, :rank] = _squared_spectra(torch.stack(b_blocks), torch.stack(a_blocks))
+        spectra[members, :rank] = _squared_spectra(_quick_root(torch.stack(b_blocks)), torch.stack(a_blocks))
     return [int(count) for count in _energy_ranks(spectra).tolist()]
 
 
@@ -194,9 +205,7 @@ def _diagonal_blocks(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [gram[end - size : end, end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _spread(
-    place: Mapping[str, int], parts: Iterable[str], values: Iterable[int | None]
-) -> tuple[int | None, ...]:
+def _spread(place: Mapping[str, int], parts: Iterable[str], values: Iterable[int | None]) -> tuple[int | None, ...]:
     """Return the parts' values in the order of all clients, None for the others."""
     held = dict(zip(parts, values, strict=True))
     return tuple(held.get(client) for client in place)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
+
+from tests.programs import find
 
 settings.register_profile("quick", deadline=None, max_examples=50, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
@@ -20,7 +21,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave a test out whose system programs are missing, and give every other one a single torch thread."""
     for mark in item.iter_markers("needs"):
         for program in mark.args:
-            if shutil.which(program) is None:
+            if find(program) is None:
                 pytest.skip(f"{program} is not installed")
     # Sums differ in bits between one thread and two, and a test may have asked for two.
     if torch := sys.modules.get("torch"):

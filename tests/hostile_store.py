@@ -1,7 +1,7 @@
 """A store that means harm: markup, endless and invisible text, numbers that are none, and rows that fit nothing.
 
-Whatever shows it must show it as text. What runs or loads where it must not leaves a trace: ``window.hacked``, an element
-that :data:`INJECTED` finds, a dialog, or a request to :data:`ELSEWHERE`.
+Whatever shows it must show it as text. What runs or loads where it must not leaves a trace: ``window.hacked``, an
+element that :data:`INJECTED` finds, a dialog, or a request to :data:`ELSEWHERE`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from common.store import Artefact, Client, ClientRound, Event, Metric, Round, RunStore, Statistic, write_artefact
-from tests.tiny import synthetic
+from common.experiment_file import load_experiment
+from common.store import (
+    Artefact,
+    Client,
+    ClientRound,
+    ClientStatus,
+    Event,
+    Metric,
+    Round,
+    RunStore,
+    Statistic,
+    write_artefact,
+)
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 ELSEWHERE = "198.51.100.7"
@@ -86,17 +97,20 @@ def hostile_store(home: Path) -> list[str]:
         _run_of_distant_rounds,
         _run_that_failed,
     )
-    names = [f"hostile-{number}{maker.__name__.removeprefix('_run')}" for number, maker in enumerate(makers, 1)]
+    names = [
+        f"hostile-{number}{maker.__name__.removeprefix('_run').replace('_', '-')}"
+        for number, maker in enumerate(makers, 1)
+    ]
     broken = [f"broken-{number}" for number in range(len(BROKEN_JSON))]
     clock = iter(range(1_000_000))
     with RunStore.open(home, clock=lambda: START + timedelta(seconds=next(clock))) as store:
         for name, experiment in zip(broken, BROKEN_JSON, strict=True):
             _create(store, name, experiment, text=TEXTS[len(experiment) % len(TEXTS)])
         for name, make in zip(names, makers, strict=True):
-            _create(store, name, synthetic().model_dump_json())
+            _create(store, name, load_experiment("synthetic").model_dump_json())
             make(store, name)
     with RunStore.open(home, clock=lambda: datetime.max.replace(tzinfo=UTC)) as store:
-        _create(store, "hostile-8-of-the-last-day", synthetic().model_dump_json())
+        _create(store, "hostile-8-of-the-last-day", load_experiment("synthetic").model_dump_json())
     return [*broken, *names, "hostile-8-of-the-last-day"]
 
 
@@ -116,48 +130,51 @@ def _create(store: RunStore, name: str, experiment: str, text: str = "hostile") 
 def _run_of_texts(store: RunStore, run: str) -> None:
     """Every text in every place that takes one."""
     store.update_run(run, name=MARKUP[1], reason=" ".join(TEXTS))
-    store.record_members(
-        [Client(run, text, START, 4, text, text, memory_bytes=2**62, max_rank=2**62) for text in TEXTS]
-    )
-    statuses = ("accepted", "rejected", "failed", "late", "offline")
+    store.record_members([Client(run, text, START, 4, text, text, 2**62, 2**62) for text in TEXTS])
+    file = write_artefact(store.run_folder(run), "<img src=x onerror=alert(1)>.bin", b"x")
     for number in range(3):
-        places = list(enumerate(TEXTS))
-        clients = [
-            ClientRound(
-                run, number, text, statuses[(i + number) % 5], text, 4, 10**30, 10**30, 1, 0.5, metadata={"": text}
-            )
-            for i, text in places
-        ]
-        metrics = [
-            Metric(run, number, name, 2.0 - number / 2 + i / 100, text)
-            for name in ("held_out_loss", "train_loss", "cosine_to_mean", "update_norm", "epsilon", "noise_multiplier")
-            for i, text in places
-        ]
-        metrics += [Metric(run, number, text, float(i)) for i, text in places]
-        metrics += [Metric(run, number, name, float(i), "", text) for name in ("effective_rank",) for i, text in places]
-        metrics += [Metric(run, number, name, 2.0 - number / 2) for name in ("held_out_loss", "unseen_loss")]
-        spans = {text: [[text, 0.0, 1.0], ["train", 1.0, 2.0 + i]] for i, text in places}
-        table = [[0.5] * len(TEXTS)] * len(TEXTS)
-        statistics = [
-            Statistic(run, number, "timeline", {"clients": spans, "server": [["train", 0.0, 3.0]]}),
-            Statistic(run, number, "similarity", {"clients": list(TEXTS), "cosine": table}),
-            Statistic(
-                run,
-                number,
-                "layers",
-                {"clients": list(TEXTS), "layers": list(TEXTS), "rank": table, "effective_rank": table},
-            ),
-        ]
-        events = [Event(run, text, text, START, number, text, {text: text}) for text in TEXTS]
-        phases = {text: 1.0 for text in TEXTS}
-        row = Round(
-            run, number, START, "committed", TEXTS[number], TEXTS, phases=phases, seconds=3.0, error=0.1, epsilon=1.0
+        phases = dict.fromkeys(TEXTS, 1.0)
+        store.commit_round(
+            Round(run, number, START, "committed", TEXTS[number], TEXTS, phases=phases, seconds=3.0, epsilon=1.0),
+            _clients_of_texts(run, number),
+            _metrics_of_texts(run, number),
+            [] if number else [Artefact(run, 0, MARKUP[0], file.path, file.sha256, file.nbytes)],
+            [Event(run, text, text, START, number, text, {text: text}) for text in TEXTS],
+            _statistics_of_texts(run, number),
+            rounds_done=number,
+            best_metric=2.0,
         )
-        files = []
-        if not number:
-            file = write_artefact(store.run_folder(run), "<img src=x onerror=alert(1)>.bin", b"x")
-            files = [Artefact(run, 0, MARKUP[0], file.path, file.sha256, file.nbytes)]
-        store.commit_round(row, clients, metrics, files, events, statistics, rounds_done=number, best_metric=2.0)
+
+
+def _clients_of_texts(run: str, number: int) -> list[ClientRound]:
+    statuses: tuple[ClientStatus, ...] = ("accepted", "rejected", "failed", "late", "offline")
+    return [
+        ClientRound(run, number, text, statuses[(i + number) % 5], text, 4, 10**30, 10**30, metadata={"": text})
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+def _metrics_of_texts(run: str, number: int) -> list[Metric]:
+    known = ("held_out_loss", "train_loss", "cosine_to_mean", "update_norm", "epsilon", "noise_multiplier")
+    places = list(enumerate(TEXTS))
+    return [
+        *(Metric(run, number, name, 2.0 - number / 2) for name in ("held_out_loss", "unseen_loss")),
+        *(Metric(run, number, name, 2.0 - number / 2 + i / 100, text) for name in known for i, text in places if text),
+        *(Metric(run, number, text, float(i)) for i, text in places),
+        *(Metric(run, number, "effective_rank", float(i), "", text) for i, text in places),
+    ]
+
+
+def _statistics_of_texts(run: str, number: int) -> list[Statistic]:
+    names = list(TEXTS)
+    table = [[0.5] * len(names)] * len(names)
+    spans = {text: [[text, 0.0, 1.0], ["train", 1.0, 2.0 + i]] for i, text in enumerate(names)}
+    layers = {"clients": names, "layers": names, "rank": table, "effective_rank": table}
+    return [
+        Statistic(run, number, "timeline", {"clients": spans, "server": [["train", 0.0, 3.0]]}),
+        Statistic(run, number, "similarity", {"clients": names, "cosine": table}),
+        Statistic(run, number, "layers", layers),
+    ]
 
 
 def _run_of_numbers(store: RunStore, run: str) -> None:
@@ -186,7 +203,7 @@ def _run_of_numbers(store: RunStore, run: str) -> None:
             epsilon=value,
             committed_at=datetime.min.replace(tzinfo=UTC),
         )
-        store.commit_round(row, clients, metrics, rounds_done=number, best_metric=value, best_round=2**63)
+        store.commit_round(row, clients, metrics, rounds_done=number, best_metric=math.nan, best_round=2**63)
 
 
 def _run_without_rounds(store: RunStore, run: str) -> None:

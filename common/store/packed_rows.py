@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Boolean, Column, String, Table
@@ -21,9 +22,10 @@ DEEPEST = 100
 _MADE_ANEW = {(EventRow.__tablename__, "id")}
 
 
-def packed_columns(table: Table) -> list[Column[Any]]:
-    """Return the columns that are packed: all but ids that the store gives."""
-    return [column for column in table.columns if (table.name, column.name) not in _MADE_ANEW]
+@cache
+def packed_columns(table: Table) -> dict[str, Column[Any]]:
+    """Return the columns that are packed by name: all but ids that the store gives."""
+    return {column.name: column for column in table.columns if (table.name, column.name) not in _MADE_ANEW}
 
 
 def encode(table: Table, row: Values) -> bytes:
@@ -34,7 +36,7 @@ def encode(table: Table, row: Values) -> bytes:
     Unfit
         When it is longer than lines may be.
     """
-    values = {column.name: _plain(row[column.name]) for column in packed_columns(table)}
+    values = {name: _plain(row[name]) for name in packed_columns(table)}
     line = json.dumps(values, separators=(",", ":")).encode() + b"\n"
     if len(line) > LINE_BYTES:
         raise Unfit(f"a row of {table.name} takes {len(line):,} bytes, more than the {LINE_BYTES:,} a line may have")
@@ -53,7 +55,7 @@ def decode(table: Table, line: bytes) -> Values:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise Unfit(f"a line of {table.name} is not JSON") from error
-    columns = {column.name: column for column in packed_columns(table)}
+    columns = packed_columns(table)
     if not isinstance(given, dict) or given.keys() - columns.keys():
         raise Unfit(f"a line of {table.name} is not a row of it")
     return {name: _checked(table, column, given.get(name)) for name, column in columns.items()}
@@ -67,8 +69,10 @@ def _checked(table: Table, column: Column[Any], value: Any) -> Any:
     if value is None and column.nullable:
         return None
     try:
-        return _OBJECTS.get((table.name, column.name), _READERS[type(column.type)])(value, column)
-    except (ValueError, OverflowError) as error:
+        if type(column.type) is String:
+            _expect(len(value) <= (column.type.length or 0))
+        return _OBJECTS.get((table.name, column.name), _READERS[type(column.type)])(value)
+    except (ValueError, TypeError, OverflowError) as error:
         raise Unfit(f"a row of {table.name} has no usable {column.name}") from error
 
 
@@ -77,56 +81,50 @@ def _expect(fit: bool) -> None:
         raise ValueError
 
 
-def _text(value: Any, column: Column[Any]) -> str:
+def _text(value: Any) -> str:
     _expect(isinstance(value, str))
     return str(value)
 
 
-def _short(value: Any, column: Column[Any]) -> str:
-    assert isinstance(column.type, String)
-    text = _text(value, column)
-    _expect(text.isascii() and text.isprintable() and len(text) <= (column.type.length or 0))
+def _short(value: Any) -> str:
+    text = _text(value)
+    _expect(text.isascii() and text.isprintable())
     return text
 
 
-def _flag(value: Any, column: Column[Any]) -> bool:
+def _flag(value: Any) -> bool:
     _expect(isinstance(value, bool))
     return bool(value)
 
 
-def _whole(value: Any, column: Column[Any]) -> int:
+def _whole(value: Any) -> int:
     _expect(type(value) is int and -LARGEST_WHOLE <= value <= LARGEST_WHOLE)
     return int(value)
 
 
-def _real(value: Any, column: Column[Any]) -> float:
+def _real(value: Any) -> float:
     _expect(type(value) in (int, float))
     return float(value)
 
 
-def _moment(value: Any, column: Column[Any]) -> datetime:
-    moment = datetime.fromisoformat(_text(value, column))
+def _moment(value: Any) -> datetime:
+    moment = datetime.fromisoformat(_text(value))
     _expect(moment.tzinfo is not None)
     return moment.astimezone(UTC)
 
 
-def _names(value: Any, column: Column[Any]) -> tuple[str, ...]:
+def _names(value: Any) -> tuple[str, ...]:
     _expect(isinstance(value, list) and all(isinstance(name, str) for name in value))
     return tuple(value)
 
 
-def _json(value: Any, column: Column[Any]) -> Any:
+def _json(value: Any) -> Any:
     return {"left_out": f"nested more than {DEEPEST} deep"} if _is_deep(value) else value
 
 
-def _object(value: Any, column: Column[Any]) -> Any:
+def _object(value: Any) -> Any:
     _expect(isinstance(value, dict))
-    return _json(value, column)
-
-
-def _numbers(value: Any, column: Column[Any]) -> dict[str, float]:
-    _expect(isinstance(value, dict))
-    return {name: _real(number, column) for name, number in value.items()}
+    return _json(value)
 
 
 def _is_deep(value: Any) -> bool:
@@ -143,7 +141,7 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-_READERS: dict[type, Callable[[Any, Column[Any]], Any]] = {
+_READERS: dict[type, Callable[[Any], Any]] = {
     Name: _text,
     Sentence: _text,
     Document: _text,
@@ -156,9 +154,9 @@ _READERS: dict[type, Callable[[Any, Column[Any]], Any]] = {
     Json: _json,
 }
 
-_OBJECTS: dict[tuple[str, str], Callable[[Any, Column[Any]], Any]] = {
-    (RoundRow.__tablename__, "phases"): _numbers,
+_OBJECTS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    (RoundRow.__tablename__, "phases"): _object,
     (ClientRoundRow.__tablename__, "metadata"): _object,
     (EventRow.__tablename__, "data"): _object,
 }
-"""JSON columns of which readers know more than that they are JSON."""
+"""JSON columns that readers take for a mapping."""

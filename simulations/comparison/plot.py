@@ -9,25 +9,11 @@ from typing import Any
 
 import altair as alt
 
+from dashboard.palette import SERIES
 from simulations.comparison.rows import CurvePoint, Point, Row, has_losses
 
-# Okabe and Ito's colours (without yellow, which is too light for a line), then Paul Tol's "muted" ones: both are
-# told apart with any colour vision. References are grey and black.
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#332288",
-    "#882255",
-    "#999933",
-    "#117733",
-    "#AA4499",
-    "#88CCEE",
-)
 REFERENCE_COLOURS = ("#000000", "#7F7F7F")
+"""Black and grey, beside the colours of the rows that are compared."""
 RAMP = ((0, 32, 76), (229, 211, 75))
 """From dark blue to yellow, growing lighter, for more rows than the palette has colours."""
 
@@ -73,8 +59,8 @@ def plot(rows: Sequence[Row]) -> alt.HConcatChart:
 def row_colours(rows: Sequence[Row]) -> dict[str, str]:
     """Give each row a colour of its own, by label."""
     compared = [row.label for row in rows if not row.reference]
-    few = len(compared) <= len(PALETTE)
-    colours = PALETTE if few else [_ramp(number / (len(compared) - 1)) for number in range(len(compared))]
+    few = len(compared) <= len(SERIES)
+    colours = SERIES if few else [_ramp(number / (len(compared) - 1)) for number in range(len(compared))]
     references = [row.label for row in rows if row.reference]
     return dict(zip(compared, colours, strict=False)) | dict(zip(references, REFERENCE_COLOURS, strict=False))
 

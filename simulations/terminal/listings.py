@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from common.experiment_file import toml_value
 from common.wording import number, size
-from simulations.terminal.settings_help import toml_value
 from simulations.terminal.tables import (
     LISTED_CLIENTS,
     Summary,
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from simulations.terminal.doctor import Check
     from simulations.terminal.plugin_list import ListedPlugin
     from strategies.matrix import MatrixRow
+
+SAMPLES_BYTES = 1_000_000
+"""A longer file of samples is not shown."""
 
 
 def runs_view(runs: Sequence[Summary], now: datetime | None = None) -> RenderableType:
@@ -80,14 +83,22 @@ def run_view(summary: Summary) -> RenderableType:
 def last_samples(summary: Summary) -> list[RenderableType]:
     """Show what the model made of the task's prompts in the last round that has samples."""
     files = [item for item in summary["artifacts"] if item["kind"] == "samples"]
-    if not files or not Path(files[-1]["path"]).is_file():
-        return []
-    samples = json.loads(Path(files[-1]["path"]).read_text(encoding="utf-8"))
-    shown: list[RenderableType] = [f"[dim]samples of round {files[-1]['round']}[/]"]
+    samples = _samples(Path(files[-1]["path"])) if files else []
+    shown: list[RenderableType] = [f"[dim]samples of round {files[-1]['round']}[/]"] if samples else []
     return shown + [
-        Text.assemble(f"  {sample['prompt'].strip()} → ", (" ".join(sample["text"].split()), "italic"))
-        for sample in samples
+        Text.assemble(f"  {prompt.strip()} → ", (" ".join(text.split()), "italic")) for prompt, text in samples
     ]
+
+
+def _samples(path: Path) -> list[tuple[str, str]]:
+    """Read prompts and texts; of a run that was added, anybody may have written the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= SAMPLES_BYTES else []
+    except (OSError, ValueError, RecursionError):
+        return []
+    items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+    pairs = [(item.get("prompt"), item.get("text")) for item in items]
+    return [(prompt, text) for prompt, text in pairs if isinstance(prompt, str) and isinstance(text, str)]
 
 
 def plugins_view(title: str, plugins: Sequence[ListedPlugin]) -> RenderableType:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
+
+from common.experiment_file import toml_value
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -52,29 +53,6 @@ def settings_of_model(model: type[BaseModel]) -> list[Setting]:
         Setting(name, _default(field), field.is_required(), _allowed(field), field.description or "")
         for name, field in model.model_fields.items()
     ]
-
-
-def toml_value(value: Any) -> str:
-    """Write a value as TOML.
-
-    Raises
-    ------
-    ValueError
-        If TOML cannot hold it.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's escapes are among TOML's, which also wants DEL escaped
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, Mapping):
-        pairs = ", ".join(f"{toml_value(str(key))} = {toml_value(item)}" for key, item in value.items())
-        return f"{{ {pairs} }}" if pairs else "{}"
-    raise ValueError(f"{value!r} cannot be written as TOML")
 
 
 def _default(field: FieldInfo) -> Any:

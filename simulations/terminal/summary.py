@@ -12,7 +12,6 @@ from typing import Any
 from common.store import Client, ClientRound, Metric, Round, Run, RunStore, shown_status
 from common.store.engine import URL_VARIABLE
 
-
 OF_CLIENTS = ("cosine_to_mean", "update_norm", "trust", "download_discarded_energy")
 OF_LAYERS = ("effective_rank", "merged_norm")
 """Numbers a round's certificate has for each client and each layer."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from common.experiment_file import toml_value
 from common.store import RunStore
-from simulations.terminal.settings_help import toml_value
 from tests.tiny import tiny_table
 
 pytestmark = pytest.mark.e2e
@@ -108,7 +108,9 @@ def test_every_verb_explains_itself(tmp_path: Path) -> None:
         "merge",
         "plugins",
         "doctor",
+        "dashboard",
         "runs",
+        "database",
     ]
     assert "..." not in listed
 
@@ -125,6 +127,8 @@ def test_every_verb_explains_itself(tmp_path: Path) -> None:
         (["resume", "last", "--set", "seed=1"], "error: --set belongs to --experiment"),
         (["export", "last", "--best", "--round", "1", "--out", "x"], "error: --round and --best exclude one another"),
         (["runs", "show", "last", "--home", "nowhere"], "error: the database "),
+        (["runs", "add", "nowhere"], "error: nowhere does not exist; expected what `lorafleet runs pack` has written"),
+        (["database", "backup", "--out", "x", "--database-url", "mysql://u:secret@h/d"], "error: the database URL"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_ends_with_2(tmp_path: Path, arguments: list[str], error: str) -> None:
@@ -197,6 +201,36 @@ def test_a_finished_run_is_extended_and_exported(place: Path, done: Ended) -> No
     exported = call(place, "export", run, "--best", "--format", "peft", "--out", "out", "--json").values
     assert exported == {"path": str(place / "out"), "format": "peft"}
     assert {path.name for path in (place / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_run_is_packed_and_added_elsewhere(place: Path, done: Ended) -> None:
+    run, before = done.values["id"], call(place, "runs", "show", done.values["id"], "--json").values
+    made = call(place, "runs", "pack", run, "--out", "run.zip", "--json").values
+    assert (made["id"], made["path"], made["notices"]) == (run, str(place / "run.zip"), [])
+    again = call(place, "runs", "pack", run, "--out", "run.zip")
+    assert (again.code, again.err) == (2, "error: run.zip exists already and is not overwritten; give another --out\n")
+    added = call(place, "runs", "add", "run.zip", "--home", "other")
+    assert added.code == 0
+    assert added.out.startswith(f"added: {run}, completed, ")
+    assert f"lorafleet runs show {run} --home other\n" in added.out
+    after = call(place, "runs", "show", run, "--home", "other", "--json").values
+    assert after["rounds"] == before["rounds"]
+    assert Path(after["adapter"]).read_bytes() == Path(before["adapter"]).read_bytes()
+    twin = call(place, "runs", "add", "run.zip", "--as", "twin", "--json").values
+    assert (twin["id"], twin["was"]) == ("twin", run)
+    assert call(place, "runs", "delete", "twin", "--yes").code == 0
+
+
+def test_the_database_is_backed_up_and_of_this_version(place: Path, done: Ended) -> None:
+    made = call(place, "database", "backup", "--out", "copy.db", "--json").values
+    assert made["runs"] >= 1
+    assert str(place / "lorafleet-home" / "runs") in made["notices"][0]
+    with RunStore.open(place / "lorafleet-home", f"sqlite:///{place}/copy.db", read_only=True) as store:
+        assert done.values["id"] in [run.id for run in store.runs()]
+    told = call(place, "database", "upgrade", "--json").values
+    assert (told["from"], told["changed"], told["backup"]) == (told["to"], False, None)
+    told = call(place, "database", "upgrade", "--database-url", "sqlite:///copy.db")
+    assert told.out.startswith("nothing to do: the database copy.db is of this version")
 
 
 def test_exported_adapters_are_merged(place: Path, done: Ended) -> None:

@@ -416,14 +416,20 @@ def test_the_store_tells_what_happened(tmp_path: Path) -> None:
             ("round_started", 0, None),
             ("committed", 0, None),
             ("round_started", 1, None),
+            ("dispatched", 1, None),
             ("left_out", 1, "ben"),
+            ("aggregated", 1, None),
             ("committed", 1, None),
             ("round_started", 2, None),
+            ("dispatched", 2, None),
+            ("aggregated", 2, None),
             ("committed", 2, None),
             ("run_finished", 2, None),
         ]
         assert events[2].data == {"clients": ["ada", "ben", "cyd", "dot"], "rounds": 2}
-        assert events[3].text == "ben is left out: ValueError: no power in round 1"
+        assert events[3].data == {"clients": ["ada", "ben", "cyd", "dot"], "k": 4, "n": 4}
+        assert events[4].text == "ben is left out: ValueError: no power in round 1"
+        assert events[5].data == {"k": 3, "n": 4, "needed": 2}
         for artefact in store.artefacts(run.run.id):
             verify(store.artefact_file(run.run.id, artefact.path), artefact.sha256)
         assert {artefact.kind for artefact in store.artefacts(run.run.id)} == {"state"}

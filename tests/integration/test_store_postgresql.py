@@ -9,21 +9,26 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import Connection, Table, create_engine, make_url, text
 
 from common.errors import StoreError, UnknownNameError
-from common.store import Artefact, ClientRound, Event, Metric, RunStore, write_artefact
+from common.store import Artefact, ClientRound, Event, Metric, RunStore, backup, write_artefact
 from common.store.models import Base
+from common.store.packing import pack_run
+from common.store.unpacking import add_run
+from common.store.upgrade import upgrade
+from tests.small_run import RUN, everything, files, make_run
 
 URL_VARIABLE = "LORAFLEET_TEST_POSTGRESQL_URL"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -234,3 +239,64 @@ def test_a_database_that_is_not_there_is_told_in_one_line(tmp_path: Path, server
     with pytest.raises(StoreError, match=r"does not exist.*; create it, or check LORAFLEET") as caught:
         RunStore.open(tmp_path, missing)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_moves_between_postgresql_and_sqlite(tmp_path: Path, url: str) -> None:
+    here, there, back = tmp_path / "here", tmp_path / "there", tmp_path / "back"
+    make_run(here, url)
+    packed = pack_run(here, RUN, tmp_path / "packed", url)
+    assert packed.rows["metrics"] == 4
+    add_run(there, tmp_path / "packed")
+    assert everything(there) == everything(here, url=url)
+    assert files(there) == files(here)
+    pack_run(there, RUN, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "packed").read_bytes()
+    add_run(back, tmp_path / "again", url, new_id="mine")
+    with RunStore.open(back, url) as store:
+        assert [run.id for run in store.runs()] == ["r1", "mine"]
+        store.delete_run("mine")
+    with pytest.raises(StoreError, match="already a run r1"):
+        add_run(back, tmp_path / "again", url)
+
+
+@pytest.mark.parametrize("broken", ["no such round", "no such status"])
+def test_rows_that_contradict_one_another_are_not_added(tmp_path: Path, url: str, broken: str) -> None:
+    make_run(tmp_path / "here", f"sqlite:///{tmp_path}/x.db")
+    engine = create_engine(f"sqlite:///{tmp_path}/x.db")  # without foreign keys
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA ignore_check_constraints=ON")
+        connection.execute(text(BROKEN[broken]))
+    engine.dispose()
+    pack_run(tmp_path / "here", RUN, tmp_path / "packed", f"sqlite:///{tmp_path}/x.db")
+    with pytest.raises(StoreError, match="its rows contradict one another"):
+        add_run(tmp_path / "there", tmp_path / "packed", url)
+    assert not (tmp_path / "there" / "runs" / RUN).exists()
+
+
+BROKEN = {
+    "no such round": "UPDATE metrics SET round = 7",
+    "no such status": "UPDATE runs SET status = 'asleep'",
+}
+
+
+def test_a_backup_of_postgresql_is_a_sqlite_file_of_one_moment(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, copy, read = tmp_path / "home", f"sqlite:///{tmp_path}/copy", backup.read_rows
+    make_run(home, url)
+    before = everything(home, url=url)
+
+    def reading(connection: Connection, table: Table) -> Iterable[dict[str, Any]]:
+        if table.name == "metrics":
+            with RunStore.open(home, url) as store:
+                store.delete_run(RUN)
+        return read(connection, table)
+
+    monkeypatch.setattr(backup, "read_rows", reading)
+    made = backup.back_up(home, tmp_path / "copy", url)
+    assert (made.runs, made.version) == (1, "0002")
+    assert everything(home, url=copy) == before
+    with RunStore.open(home, url) as store:
+        assert store.runs() == []
+    done = upgrade(home, url)
+    assert (done.before, done.after, done.backup) == ("0002", "0002", None)

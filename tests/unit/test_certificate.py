@@ -49,6 +49,40 @@ def test_every_number_is_that_of_the_matrices(form: str, ranks: list[int], seed:
         norm = math.sqrt(sum(float(np.sum(value**2)) for value in own.values()))
         assert given_.client_norm[update.client] == pytest.approx(norm, rel=1e-9)
         assert given_.cosine[update.client] == pytest.approx(dense.cosine(own, average), abs=1e-9)
+    alone = [{layer: cohorts.matrix(update.adapter, layer) for layer in SPEC.layers} for update in updates]
+    similar = [[dense.cosine(one, other) for other in alone] for one in alone]
+    np.testing.assert_allclose(given_.similarity.numpy(), similar, atol=1e-9)
+    for layer in SPEC.layers:
+        assert given_.ranks[layer] == tuple(ranks)
+        assert given_.energy_ranks[layer] == tuple(dense.energy_rank(one[layer], 0.95) for one in alone)
+
+
+@pytest.mark.parametrize("fault", ["never trained", "twice the same", "of unequal scales"])
+def test_the_effective_rank_of_slots_that_depend_on_each_other(fault: str) -> None:
+    update = cohorts.cohort(SPEC, [4])[0]
+    layers = {}
+    for layer, part in update.adapter.layers.items():
+        assert isinstance(part, LowRank)
+        b, gain = part.b.clone(), torch.tensor([1e-9, 1.0, 1e9, 1e-3], dtype=part.b.dtype)
+        if fault == "of unequal scales":
+            layers[layer] = cohorts.scaled_slots(part, gain)
+        else:
+            b[:, 1] = 0 if fault == "never trained" else b[:, 0]
+            layers[layer] = LowRank(b, part.a)
+    given_ = certify(Adapter.empty(), [cohorts.with_factors(update, layers)])
+    for layer, part in layers.items():
+        matrix = dense.product(cohorts.numpy(part.b), cohorts.numpy(part.a))
+        assert given_.energy_ranks[layer] == (dense.energy_rank(matrix, 0.95),)
+
+
+def test_a_matrix_among_the_updates_has_no_rank() -> None:
+    ada, bo = cohorts.cohort(SPEC, [2, 3])
+    whole = {layer: Dense(part.dense()) for layer, part in bo.adapter.layers.items() if layer == "out"}
+    bo = cohorts.with_factors(bo, {**bo.adapter.layers, **whole})  # type: ignore[dict-item]
+    given_ = certify(Adapter.empty(), [ada, bo])
+    assert given_.ranks == {"down": (2, 3), "out": (2, None), "up": (2, 3)}
+    assert given_.energy_ranks["out"] == (None, None)
+    assert given_.energy_ranks["up"] == (2, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -81,6 +115,8 @@ def test_a_layer_missing_anywhere_counts_as_zero() -> None:
     whole = sum(float(np.sum(value**2)) for value in average.values())
     assert given_.error == pytest.approx(math.sqrt(apart / whole))
     assert list(given_.norm) == ["out"]
+    assert given_.ranks == {"down": (None, 2), "out": (2, 2), "up": (None, 2)}
+    assert [given_.energy_ranks[layer][0] for layer in ("down", "up")] == [None, None]
 
 
 def test_nothing_merged_to_nothing_has_no_error() -> None:
@@ -93,6 +129,8 @@ def test_nothing_merged_to_nothing_has_no_error() -> None:
     assert given_.error == 0
     assert set(given_.effective_rank.values()) == {0}
     assert given_.cosine == {"ada": 0.0, "bo": 0.0}
+    assert given_.similarity.tolist() == [[0, 0], [0, 0]]
+    assert set(given_.energy_ranks.values()) == {(0, 0)}
     assert certify(Adapter.empty(), updates).error == 0
     assert certify(cohorts.cohort(SPEC, [1])[0].adapter, updates).error == math.inf
 

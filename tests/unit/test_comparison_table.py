@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from common.store import ClientRound, Metric, Round
-from simulations.comparison.plot import PALETTE, draw, plot, row_colours
+from dashboard.palette import SERIES
+from simulations.comparison.plot import draw, plot, row_colours
 from simulations.comparison.report import COLUMNS, Comparison, Machine, write_report
 from simulations.comparison.rows import (
     MEASURES,
@@ -225,7 +226,7 @@ def test_a_spread_that_does_not_show_is_left_out() -> None:
 # The plot
 
 
-@pytest.mark.parametrize("count", [1, len(PALETTE), len(PALETTE) + 1, 60])
+@pytest.mark.parametrize("count", [1, len(SERIES), len(SERIES) + 1, 60])
 def test_every_row_has_a_colour_of_its_own(count: int) -> None:
     rows = [Row(f"row {number}", {}, False, ()) for number in range(count)]
     rows += [Row("centralised", {}, True, ()), Row("local", {}, True, ())]

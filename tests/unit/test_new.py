@@ -15,13 +15,13 @@ from pydantic import BaseModel, Field
 
 from common.errors import UnknownNameError, UserError
 from common.experiment import ClientSettings, Experiment
-from common.experiment_file import load_experiment, read_table
+from common.experiment_file import load_experiment, read_table, toml_value
 from common.methods.lora import Lora
 from common.plugins import PLUGINS_VARIABLE
 from common.tasks.causal_lm import CausalLm
 from simulations.terminal import verbs
 from simulations.terminal.experiment_template import experiment_template
-from simulations.terminal.settings_help import settings_of_model, toml_value
+from simulations.terminal.settings_help import settings_of_model
 from simulations.terminal.tables import Output
 from strategies.sections import SECTIONS
 

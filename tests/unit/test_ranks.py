@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from common.errors import ConfigurationError
@@ -73,7 +75,7 @@ def test_a_budget_never_raises_a_rank() -> None:
         ({"rank": 2, "upload_bytes": 10**9}, None, (2, "stated for this client")),
     ],
 )
-def test_every_rank_has_its_reason(settings: dict[str, object], device: int | None, expected: RankChoice) -> None:
+def test_every_rank_has_its_reason(settings: dict[str, Any], device: int | None, expected: RankChoice) -> None:
     assert choice(device=device, **settings) == expected
 
 

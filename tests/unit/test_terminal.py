@@ -349,6 +349,8 @@ def test_a_run_elsewhere_is_told_from_its_store(store: RunStore) -> None:
     follower.look()
     follower.look()
     store.add_event(run, "left_out", "cyd is left out: it hangs", round=1, client="cyd", data={"status": "late"})
+    store.record_client(ClientRound(run, 1, "ann", "received", seconds=1.0))
+    store.add_event(run, "aggregated", "2 updates merged", round=1, data={"k": 2, "n": 3})
     commit(store, run, 1, 4.5, left_out={"cyd": ("late", "it hangs")})
     store.add_event(run, "round_started", "round 2 of 3", round=2, data={"clients": ["ann", "bob"], "rounds": 3})
     commit(store, run, 2, 4.0, "failed", reason="no reply")
@@ -359,6 +361,7 @@ def test_a_run_elsewhere_is_told_from_its_store(store: RunStore) -> None:
         ("reply", 1, "bob"),
         ("left_out", 1, "cyd"),
         ("reply", 1, "ann"),
+        ("aggregated", 1, ""),
         ("committed", 1, ""),
         ("round_started", 2, ""),
         ("reply", 2, "ann"),
@@ -367,7 +370,7 @@ def test_a_run_elsewhere_is_told_from_its_store(store: RunStore) -> None:
     ]
     assert heard[0].data["clients"] == ["ann", "bob", "cyd"]
     assert heard[1].data == {"seconds": 2.0}
-    assert heard[4].data == {"metrics": {"held_out_loss": 4.5}, "seconds": 1.25}
+    assert heard[5].data == {"metrics": {"held_out_loss": 4.5}, "seconds": 1.25}
 
 
 def test_following_tells_what_came_last_before_it_ends(store: RunStore) -> None:
