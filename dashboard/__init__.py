@@ -3,3 +3,6 @@
 The way of the data: ``source`` looks at the store, ``queries`` ask it in SQL, ``charts`` say how to draw what comes
 back, ``views`` put it on pages, ``app`` is the frame around them. Nothing here imports torch.
 """
+
+LOGIN_VARIABLE = "LORAFLEET_DASHBOARD_LOGIN"
+"""In the environment: not empty where readers must sign in, whatever becomes of the file that says so."""

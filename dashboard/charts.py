@@ -59,7 +59,13 @@ NAME = Axis("series", "", kind="nominal")
 
 @lru_cache(maxsize=256)
 def lines(
-    x: Axis, y: Axis, series: tuple[str, ...], band: str = "", more: tuple[Axis, ...] = (), dashed: tuple[str, ...] = ()
+    x: Axis,
+    y: Axis,
+    series: tuple[str, ...],
+    band: str = "",
+    more: tuple[Axis, ...] = (),
+    dashed: tuple[str, ...] = (),
+    dots: bool = True,
 ) -> Spec:
     """Draw one line per series.
 
@@ -75,6 +81,8 @@ def lines(
         Further columns shown on hovering.
     dashed : tuple of str
         Series drawn with a broken line.
+    dots : bool
+        Show a dot at every value; without, long noisy lines stay thin, and hovering still finds each.
     """
     colour = alt.Color("series:N", title=None, scale=alt.Scale(domain=list(series)), legend=_legend(series))
     base = alt.Chart().encode(x=_x(x), color=colour)
@@ -83,12 +91,14 @@ def lines(
         area = base.mark_area(opacity=0.16, clip=True)
         parts.append(area.encode(y=alt.Y("low:Q", title=y.title), y2=alt.Y2("high:Q")))
     dashes = [[5, 4] if name in dashed else [1, 0] for name in series]
-    dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=list(series), range=dashes), legend=None)
+    dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=list(series), range=dashes), legend=_legend(series))
     line = base.mark_line(strokeWidth=2, clip=True).encode(y=_y(y))
     parts.append(line.encode(strokeDash=dash) if dashed else line)
     spread = [Axis("low", f"{band}, from", y.form), Axis("high", f"{band}, to", y.form)] if band else []
     tooltip = [NAME.tooltip, x.tooltip, y.tooltip, *(axis.tooltip for axis in (*spread, *more))]
-    point = base.mark_point(filled=True, size=28, opacity=0.9).encode(y=_y(y), tooltip=tooltip)
+    point = base.mark_point(filled=True, size=28 if dots else 60, opacity=0.9 if dots else 0).encode(
+        y=_y(y), tooltip=tooltip
+    )
     return _spec(alt.layer(*parts, point))
 
 
@@ -99,29 +109,34 @@ def bars(x: Axis, y: Axis, series: tuple[str, ...], colours: tuple[str, ...] = (
     colour = alt.Color("series:N", title=None, scale=scale, legend=_legend(series))
     place = alt.X(field=x.column, type="ordinal", title=x.title, axis=alt.Axis(labelOverlap=True, labelAngle=0))
     height = alt.Y(field=y.column, type="quantitative", title=y.title, axis=alt.Axis(format=y.form))
-    if not stacked:
+    # Vega stacks by name in a plain object, where a name like __proto__ is none.
+    if not stacked or len(series) == 1:
         height = height.stack(None)
     tooltip = [NAME.tooltip, x.tooltip, y.tooltip]
     return _spec(alt.Chart().mark_bar().encode(x=place, y=height, color=colour, tooltip=tooltip))
 
 
 @lru_cache(maxsize=256)
-def ranking(name: Axis, value: Axis, colour: Axis | None = None, colours: Mapped = ()) -> Spec:
+def ranking(
+    name: Axis, value: Axis, colour: Axis | None = None, colours: Mapped = (), more: tuple[Axis, ...] = ()
+) -> Spec:
     """Draw a lying bar per row, in the order of the rows."""
     chart = (
         alt.Chart()
         .mark_bar()
         .encode(
             y=alt.Y(field=name.column, type="nominal", title=None, sort=None, axis=alt.Axis(labelLimit=160)),
-            x=alt.X(field=value.column, type="quantitative", title=value.title, axis=alt.Axis(format=value.form)),
-            tooltip=[name.tooltip, value.tooltip, *([colour.tooltip] if colour else [])],
+            x=alt.X(
+                field=value.column, type="quantitative", title=value.title, stack=None, axis=alt.Axis(format=value.form)
+            ),
+            tooltip=[axis.tooltip for axis in (name, value, *([colour] if colour else []), *more)],
         )
     )
     return _spec(chart.encode(color=_named(colour, colours)) if colour else chart)
 
 
 @lru_cache(maxsize=64)
-def gantt(colours: Mapped, more: tuple[Axis, ...] = ()) -> Spec:
+def gantt(colours: Mapped, more: tuple[Axis, ...] = (), title: str = "seconds since the round began") -> Spec:
     """Draw who was busy with what: columns ``name``, ``phase``, and ``start`` and ``end`` in seconds of the round."""
     phase = Axis("phase", "phase", kind="nominal")
     columns = [Axis("name", "who", kind="nominal"), phase, Axis("start", "from (s)"), Axis("end", "to (s)"), *more]
@@ -130,7 +145,7 @@ def gantt(colours: Mapped, more: tuple[Axis, ...] = ()) -> Spec:
         .mark_bar(height={"band": 0.7})
         .encode(
             y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=160)),
-            x=alt.X("start:Q", title="seconds since the round began", axis=alt.Axis(format=".3~g")),
+            x=alt.X("start:Q", title=title, axis=alt.Axis(format=".3~g")),
             x2=alt.X2("end:Q"),
             color=_named(phase, colours),
             tooltip=[axis.tooltip for axis in columns],
@@ -140,9 +155,11 @@ def gantt(colours: Mapped, more: tuple[Axis, ...] = ()) -> Spec:
 
 
 @lru_cache(maxsize=64)
-def heat(x: Axis, y: Axis, value: Axis, domain: tuple[float, ...] = (), diverging: bool = False) -> Spec:
-    """Draw a cell per row of the table, coloured by a number; where there is no row the ground shows."""
-    scale = alt.Scale(domain=list(domain)) if domain else alt.Scale(zero=True)
+def heat(
+    x: Axis, y: Axis, value: Axis, domain: tuple[float, ...] = (), diverging: bool = False, more: tuple[Axis, ...] = ()
+) -> Spec:
+    """Draw a cell per row of the table, coloured by the number its title names; without a row the ground shows."""
+    scale = alt.Scale(domain=list(domain)) if domain else alt.Scale(zero=value.zero)
     if diverging:
         scale = alt.Scale(domain=[-1, 1], domainMid=0, range="diverging")
     chart = (
@@ -152,19 +169,53 @@ def heat(x: Axis, y: Axis, value: Axis, domain: tuple[float, ...] = (), divergin
             x=alt.X(
                 field=x.column,
                 type="ordinal",
-                title=x.title,
+                title=_unless_names(x),
                 sort=None,
                 axis=_labels(0 if x.kind != "nominal" else -40),
             ),
-            y=alt.Y(field=y.column, type="ordinal", title=y.title, sort=None, axis=_labels(0)),
+            y=alt.Y(field=y.column, type="ordinal", title=_unless_names(y), sort=None, axis=_labels(0)),
             color=alt.Color(
                 field=value.column,
                 type="quantitative",
-                title=value.title,
+                title=None,
                 scale=scale,
-                legend=alt.Legend(orient="bottom", gradientLength=180, format=value.form),
+                legend=alt.Legend(orient="right", gradientLength=130, gradientThickness=12, format=value.form),
             ),
-            tooltip=[y.tooltip, x.tooltip, value.tooltip],
+            tooltip=[axis.tooltip for axis in (y, x, value, *more)],
+        )
+    )
+    return _spec(chart)
+
+
+@lru_cache(maxsize=64)
+def cells(
+    x: Axis, y: Axis, value: Axis, rows: tuple[str, ...], colours: Mapped = (), more: tuple[Axis, ...] = ()
+) -> Spec:
+    """Draw a cell per row of the table on a grid of named rows: what became of somebody when.
+
+    Parameters
+    ----------
+    x, y, value : Axis
+        Columns; ``x`` is sorted by itself, so numbers or texts of equal length.
+    rows : tuple of str
+        Values of ``y`` from top to bottom, those without a cell too.
+    colours : tuple of pairs
+        Colours by ``value``; where there are none it is a share from 0 (orange) to 1 (blue).
+    more : tuple of Axis
+        Further columns shown on hovering.
+    """
+    shares = alt.Scale(domain=[0, 1], domainMid=0.5, range="diverging")
+    legend = alt.Legend(orient="bottom", gradientLength=180, format=value.form)
+    share = alt.Color(field=value.column, type="quantitative", title=value.title, scale=shares, legend=legend)
+    names = alt.Scale(domain=list(rows))
+    chart = (
+        alt.Chart()
+        .mark_rect()
+        .encode(
+            x=alt.X(field=x.column, type="ordinal", title=x.title, axis=_labels(0)),
+            y=alt.Y(field=y.column, type="ordinal", title=None, scale=names, axis=_labels(0)),
+            color=_named(value, colours) if colours else share,
+            tooltip=[axis.tooltip for axis in (y, x, value, *more)],
         )
     )
     return _spec(chart)
@@ -202,12 +253,19 @@ def _y(axis: Axis) -> alt.Y:
     return alt.Y(field=axis.column, type="quantitative", title=axis.title, scale=scale, axis=tick)
 
 
+def _unless_names(axis: Axis) -> str | None:
+    """Return an axis' title; names say themselves what they are."""
+    return None if axis.kind == "nominal" else axis.title
+
+
 def _labels(angle: float) -> alt.Axis:
     return alt.Axis(labelOverlap=True, labelAngle=angle, labelLimit=140)
 
 
 def _legend(series: tuple[str, ...]) -> alt.Legend | None:
-    return alt.Legend(orient="bottom", columns=3, labelLimit=220, symbolLimit=30) if len(series) > 1 else None
+    # The symbol would else be as pale as a band.
+    legend = alt.Legend(orient="bottom", columns=2, labelLimit=220, symbolLimit=30, symbolOpacity=1)
+    return legend if len(series) > 1 else None
 
 
 def _named(axis: Axis, colours: Mapped) -> alt.Color:

@@ -8,11 +8,13 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from tomllib import TOMLDecodeError, loads
 from typing import NoReturn
 
 from common.errors import UserError
 from common.home import HOME_VARIABLE
 from common.store.engine import URL_VARIABLE
+from dashboard import LOGIN_VARIABLE
 
 APP = Path(__file__).with_name("serving.py")
 ROOT = Path(__file__).parents[1]
@@ -41,13 +43,15 @@ def serve(home: Path, database_url: str | None, port: int, address: str, browser
     """
     if find_spec("streamlit") is None:
         raise UserError("the dashboard is not installed; pip install 'lorafleet[dashboard]'")
-    check_address(address)
+    login = check_login(address)
     port = free_port(address, port)
     environment = os.environ | {HOME_VARIABLE: str(home.absolute()), "PYTHONPATH": python_path()}
+    environment[LOGIN_VARIABLE] = "1" if login else ""
     if database_url:
         environment[URL_VARIABLE] = database_url
     place = "the database of LORAFLEET_DATABASE_URL" if environment.get(URL_VARIABLE) else str(home)
-    print(f"dashboard of {place}: http://{address}:{port} (end with Ctrl-C)", flush=True)
+    host = f"[{address}]" if ":" in address else address
+    print(f"dashboard of {place}: http://{host}:{port} (end with Ctrl-C)", flush=True)
     os.execve(sys.executable, command(address, port, browser), environment)
 
 
@@ -64,19 +68,23 @@ def command(address: str, port: int, browser: bool) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(APP), *options]
 
 
-def check_address(address: str) -> None:
-    """Refuse to show runs to a network whose readers need not sign in.
+def check_login(address: str) -> bool:
+    """Tell whether readers must sign in; refuse to show runs to a network where they need not.
 
     Raises
     ------
     UserError
-        If the address is not this machine's own and no login is configured.
+        If the address is not this machine's own and no login is configured, or one is that cannot work.
     """
-    if not (is_local(address) or login_files()):
+    files = login_files()
+    if files and find_spec("authlib") is None:
+        raise UserError(f"the login of {files[0]} needs Authlib; pip install 'streamlit[auth]'")
+    if not (files or is_local(address)):
         raise UserError(
             f"--address {address} would show the runs to everyone who reaches it; configure a login first "
             "([auth] in ~/.streamlit/secrets.toml, see docs/dashboard.md), or stay on localhost"
         )
+    return bool(files)
 
 
 def is_local(address: str) -> bool:
@@ -88,15 +96,20 @@ def is_local(address: str) -> bool:
 
 
 def login_files() -> list[Path]:
-    """Return the secrets files that configure a login."""
-    from tomllib import TOMLDecodeError, loads
+    """Return the secrets files that configure a login, of those that Streamlit reads.
 
+    Raises
+    ------
+    UserError
+        If one cannot be read: Streamlit would take it for none.
+    """
     found = []
-    for file in (Path.home() / ".streamlit/secrets.toml", Path.cwd() / ".streamlit/secrets.toml"):
+    for folder in (Path.home(), Path.cwd(), APP.parent):
+        file = folder / ".streamlit" / "secrets.toml"
         try:
             if "auth" in loads(file.read_text(encoding="utf-8")):
                 found.append(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read ({error}); mend it, the dashboard's login is there") from None
@@ -116,7 +129,7 @@ def free_port(address: str, port: int) -> int:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind((address, port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise UserError(f"cannot listen at {address} port {port} ({error}); choose another with --port") from None
         found: int = trial.getsockname()[1]
         return found

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import streamlit as st
 from streamlit.errors import StreamlitSecretNotFoundError
 
+from dashboard import LOGIN_VARIABLE
+
 
 def login_configured() -> bool:
-    """Tell whether Streamlit's secrets have an ``[auth]`` section."""
+    """Tell whether Streamlit's secrets have an ``[auth]`` section; secrets that cannot be read have none."""
     try:
         return "auth" in st.secrets
     except StreamlitSecretNotFoundError:
@@ -15,14 +19,23 @@ def login_configured() -> bool:
 
 
 def signed_in() -> bool:
-    """Tell whether the reader may look; one who may not yet is shown how to sign in."""
-    if not login_configured():
+    """Tell whether the reader may look; one who may not yet is shown how to sign in.
+
+    Where a login was configured when the dashboard began it stays needed, even if its file is gone or broken since.
+    """
+    configured = login_configured()
+    if not (configured or os.environ.get(LOGIN_VARIABLE)):
         return True
-    if st.user.is_logged_in:
+    if configured and st.user.get("is_logged_in") is True:
         with st.sidebar:
             st.button("Sign out", on_click=st.logout, type="tertiary")
         return True
     st.title("LoRAFleet")
-    st.write("Sign in to see the runs of this federation.")
-    st.button("Sign in", on_click=st.login, type="primary")
+    if configured:
+        st.write("Sign in to see the runs of this federation.")
+        st.button("Sign in", on_click=st.login)
+    else:
+        st.error(
+            "Nobody can sign in: secrets.toml, which says how, cannot be read. Who runs this dashboard can mend it."
+        )
     return False

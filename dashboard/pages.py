@@ -47,10 +47,15 @@ def link(name: str, run: str = "", label: str = "", **more: str) -> None:
     st.page_link(st.session_state[_SHOWN][name], label=label or title, icon=icon, query_params=given)
 
 
+def go(name: str, run: str = "") -> None:
+    """Go to a page at once, as a link to it would."""
+    st.switch_page(st.session_state[_SHOWN][name], query_params={"run": run} if run else None)
+
+
 def pass_the_door() -> None:
     """Go on to the page that the front door's address names."""
-    given = st.query_params.to_dict()
-    name = given.pop(PAGE, "")
+    given = {key: st.query_params.get_all(key) for key in st.query_params if key != PAGE}
+    name = st.query_params.get(PAGE, "")
     pages = st.session_state[_SHOWN]
     if name in pages and name != "runs":
         st.switch_page(pages[name], query_params=given)

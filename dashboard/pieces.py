@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pandas as pd
 import streamlit as st
@@ -48,7 +49,7 @@ def draw(title: str, table: pd.DataFrame, spec: Spec, why_empty: str, *, key: st
     if table.empty:
         explain(why_empty)
     else:
-        st.vega_lite_chart(table, {**spec, "height": height, "description": title}, width="stretch", key=key, alt=title)
+        st.vega_lite_chart(table, {**spec, "height": height}, width="stretch", key=key, alt=title)
 
 
 def command(text: str) -> None:
@@ -61,9 +62,13 @@ def explain(sentence: str) -> None:
     st.caption(sentence)
 
 
-def table(rows: pd.DataFrame, *, key: str, height: int | None = None, **config: ColumnConfig | str | None) -> None:
+def table(
+    rows: pd.DataFrame, *, key: str, height: int | Literal["content"] | None = None, **config: ColumnConfig | str | None
+) -> None:
     """Show rows as a table: text in it is shown as it is."""
-    st.dataframe(rows, hide_index=True, width="stretch", height=height or "auto", key=key, column_config=config)
+    st.dataframe(
+        rows, hide_index=True, width="stretch", height=height or "auto", key=key, column_config=config, placeholder="–"
+    )
 
 
 def live(body: Callable[[], None], running: bool) -> None:

@@ -33,9 +33,10 @@ class Doorway:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        page = scope["path"].strip("/")
+        page = scope["path"].removeprefix("/").removesuffix("/")
         if scope["method"] == "GET" and page in PATHS:
-            given = parse_qsl(scope["query_string"].decode("latin-1"))
+            query = scope["query_string"].decode("utf-8", "replace")
+            given = [pair for pair in parse_qsl(query, keep_blank_values=True) if pair[0] != PAGE]
             place = ("../?" if scope["path"].endswith("/") else "./?") + urlencode([(PAGE, page), *given])
             headers = [(b"location", place.encode()), (b"content-length", b"0"), *HEADERS]
             await send({"type": "http.response.start", "status": 307, "headers": headers})

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import streamlit as st
 
+from common.errors import StoreError
 from common.home import default_home
-from common.store import Run
+from common.store import Run, RunStatus, shown_status
 from dashboard.queries import runs
 from dashboard.source import Source
 from dashboard.words import visible
@@ -43,6 +44,14 @@ def chosen_run() -> Run | None:
     known = all_runs()
     name = st.query_params.get("run", "")
     return next((run for run in known if run.id == name), known[0] if known else None)
+
+
+def state_of(run: Run) -> RunStatus:
+    """Return a run's status as it is now: one that is ``running`` but that nobody writes was interrupted."""
+    try:
+        return shown_status(source().store, run)
+    except StoreError:
+        return run.status
 
 
 def run_label(run: Run) -> str:

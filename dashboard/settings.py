@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,14 @@ def setting(run: Run, path: str, default: Any = None) -> Any:
             return default
         found = found[key]
     return found
+
+
+def amount(run: Run, path: str, default: float) -> float:
+    """Return a setting that is a number; the default where it is none."""
+    found = setting(run, path)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        return default
+    return float(found)
 
 
 def flat(run: Run) -> dict[str, str]:

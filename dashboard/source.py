@@ -52,7 +52,7 @@ class Source:
         self._url = url
         self._store: RunStore | None = None
         self._lock = Lock()
-        self._known: dict[str, str] = {}
+        self._known: dict[str, tuple[str, str]] = {}
 
     def look(self, run: str = "") -> Look:
         """Look at a run, or at the whole store.
@@ -71,8 +71,9 @@ class Source:
                 raise
         else:
             self.trouble, self.answered_at = "", utc_now()
-            self._known[run] = token
-        return Look(self, run, self._known[run])
+            latest, before = self._known.get(run, (token, token))
+            self._known[run] = (token, before if token == latest else latest)
+        return Look(self, run, *self._known[run])
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -123,11 +124,14 @@ class Look:
         Id of the run looked at; empty for the whole store.
     token : str
         Another one for every change.
+    before : str
+        The one before it: its answers stand in for those that a store gone since can no longer give.
     """
 
     source: Source
     run: str
     token: str
+    before: str
 
     def ask(self, query: Callable[..., T], *args: Any) -> T:
         """Ask a function of :mod:`dashboard.queries`; the connection is put before the arguments.
@@ -137,8 +141,17 @@ class Look:
         StoreError
             If it was not asked before and the store does not answer.
         """
+        try:
+            return self._answer(self.token, query, args)
+        except StoreError as error:
+            self.source.trouble = str(error)
+            if self.before == self.token:
+                raise
+            return self._answer(self.before, query, args)
+
+    def _answer(self, token: str, query: Callable[..., T], args: tuple[Any, ...]) -> T:
         name = f"{query.__module__}.{query.__name__}"
-        answer: T = _answer(id(self.source), self.run, self.token, name, args, self.source, query)
+        answer: T = _answer(id(self.source), self.run, token, name, args, self.source, query)
         return answer
 
 

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 
 LONGEST = 300
+JOINER = "\N{WORD JOINER}"
+_REWRITTEN = re.compile(r"(?<=:)(?=[/\w])|(?<=@)(?=\S)|(?<=[Ww]{3})(?=\.)|(?<=[-<>=~])(?=[-<>=~])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+# Charts sort lines by name into plain objects, where __proto__ is never found again.
+_ODD = {"": "(no name)", "__proto__": "(__proto__)"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
 
@@ -22,9 +28,19 @@ def visible(text: object, longest: int = LONGEST) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def block(text: object, longest: int = 4_000) -> str:
+    """Return a text of several lines as it was written, without what cannot be seen or turns the direction."""
+    kept = str(text)[:longest].replace("\r\n", "\n").expandtabs(4)
+    return "".join(letter if letter == "\n" else _shown(letter) for letter in kept)
+
+
 def plain(text: object, longest: int = LONGEST) -> str:
-    """Return a text that Markdown shows letter for letter: no markup, link, formula, icon or HTML."""
-    return _PUNCTUATION.sub(r"\\\1", visible(text, longest))
+    """Return a text that Markdown shows letter for letter: no markup, link, formula, icon or HTML.
+
+    Streamlit makes links, its logo and arrows from text whose marks were escaped; there letters are held apart by a
+    joiner, which has no width.
+    """
+    return _PUNCTUATION.sub(r"\\\1", _REWRITTEN.sub(JOINER, visible(text, longest)))
 
 
 def code(text: str) -> str:
@@ -37,6 +53,25 @@ def listed(names: list[str], most: int = 6) -> str:
     """Write names as a list in a sentence."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(visible(name, 60) for name in names[:most]) + more
+
+
+def labels(names: Iterable[str], longest: int = 40) -> dict[str, str]:
+    """Give each name a label to be told by in charts and selections: visible, not empty, and different from all others.
+
+    Names that look alike once they are shortened and cleaned are numbered.
+    """
+    shown = {name: _ODD.get(label := visible(name, longest), label) for name in names}
+    seen: Counter[str] = Counter()
+    taken = set(shown.values())
+    found = {}
+    for name, label in shown.items():
+        again = seen[label]
+        while again and f"{label} ({again + 1})" in taken:
+            again += 1
+        found[name] = f"{label} ({again + 1})" if again else label
+        taken.add(found[name])
+        seen[label] = again + 1
+    return found
 
 
 def _shown(letter: str) -> str:

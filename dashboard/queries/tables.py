@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
-from sqlalchemy import Connection, Executable
+from sqlalchemy import ColumnElement, Connection, Executable
+from sqlalchemy.orm import InstrumentedAttribute
+
+LARGEST = 1.7976931348623157e308
 
 
 def table_of(connection: Connection, statement: Executable) -> pd.DataFrame:
     """Return what a query finds: a column per name it selects, NaN and infinities as they are."""
     found = connection.execute(statement)
     return pd.DataFrame(found.fetchall(), columns=list(found.keys()))
+
+
+def finite(
+    column: InstrumentedAttribute[float] | InstrumentedAttribute[float | None] | ColumnElement[float],
+) -> ColumnElement[bool]:
+    """Tell in SQL whether a number is neither NaN nor infinite: both databases sort NaN after every number."""
+    return column.between(-LARGEST, LARGEST)

@@ -1,10 +1,60 @@
-"""To be written."""
+"""One run: is it alive, what needs somebody, where is the adapter; then its rounds, their cost, and how it was set."""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from common.errors import StoreError
+from common.store import Run
+from dashboard.pieces import chosen_or_stop, live
+from dashboard.queries.standing import row_of, standing, watched_clients
+from dashboard.session import source, state_of
+from dashboard.views.run_adapter import adapter, samples
+from dashboard.views.run_configuration import configuration
+from dashboard.views.run_costs import certificate, costs
+from dashboard.views.run_feed import feed
+from dashboard.views.run_head import Seen, head
+from dashboard.views.run_metrics import metrics
+from dashboard.views.run_round import one_round
+from dashboard.words import plain
+
+PARTS = (metrics, one_round, costs, certificate, feed, samples, configuration)
+
 
 def page() -> None:
     """Show it."""
-    st.title("run")
+    run = chosen_or_stop()
+    st.title(f"Run {plain(run.name, 60)}")
+    st.caption(
+        f"{plain(run.strategy, 60)} on {plain(run.task, 60)} · seed {run.seed} · "
+        f"began {run.created_at:%d %b %Y, %H:%M} UTC · {plain(run.id, 100)}"
+    )
+    drawn = seen(run).mark
+
+    def body() -> None:
+        now = seen(run)
+        if now.mark != drawn:
+            st.rerun()  # whatever is below has changed as well; it is not looked at before
+        head(now)
+
+    # Also where nothing goes on: a run that is resumed shows up by itself.
+    live(body, running=True)
+    adapter(run)
+    for part in PARTS:
+        # A choice in one part draws this part anew, and no other.
+        st.fragment(part)(run)
+
+
+def seen(run: Run) -> Seen:
+    """Look how a run stands now."""
+    look = source().look(run.id)
+    return Seen(_as_now(run), state_of(_as_now(run)), look.ask(standing, run.id), look.ask(watched_clients, run.id))
+
+
+def _as_now(run: Run) -> Run:
+    """Read the run's row past all that is kept: signs of life are no change. Without a store it is as it was."""
+    try:
+        with source().reading() as connection:
+            return row_of(connection, run.id)
+    except StoreError:
+        return run

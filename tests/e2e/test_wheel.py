@@ -1,21 +1,30 @@
-"""The wheel alone, away from the clone, runs the quickstart: presets, base model and migrations are inside it."""
+"""The wheel alone, away from the clone, runs the quickstart and the dashboard: all that they read is inside it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ClientState_pb2 import ClientState
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from websockets import Subprotocol
+from websockets.sync.client import connect
 
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("client", "common", "server", "simulations", "strategies")
+PACKAGES = ("client", "common", "dashboard", "server", "simulations", "strategies")
 PATIENCE_S = 240
 
 LIST_FILES = """
@@ -40,7 +49,9 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy of the sources, so that the clone stays clean."""
     folder = tmp_path_factory.mktemp("wheel")
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "docs", "results", "tests")
+    left_out = shutil.ignore_patterns(
+        ".[!s]*", "__pycache__", "*.egg-info", "build", "dist", "docs", "results", "tests"
+    )
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
     run([*pip, "-q", "-w", str(folder), str(folder / "source")], folder)
@@ -60,12 +71,14 @@ def installed(wheel: Path) -> Path:
 def test_it_holds_the_packages_and_their_data_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops - {"dashboard"} == {*PACKAGES, "lorafleet.py"}
+    assert tops == {*PACKAGES, "lorafleet.py"}
     sources = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert sources <= set(names)
     data = {f"simulations/presets/{path.name}" for path in (ROOT / "simulations" / "presets").iterdir()}
     data |= {f"simulations/demo/base/{path.name}" for path in (ROOT / "simulations" / "demo" / "base").iterdir()}
     data |= {f"{package}/py.typed" for package in PACKAGES} | {"common/store/migrations/script.py.mako"}
+    data |= {f"dashboard/static/{path.name}" for path in (ROOT / "dashboard" / "static").iterdir()}
+    data |= {"dashboard/.streamlit/config.toml"}
     assert data <= set(names)
 
 
@@ -91,6 +104,58 @@ def test_it_runs_the_quickstart_without_the_clone(installed: Path, tmp_path: Pat
     assert list((tmp_path / "neutral").iterdir()) == []
     files = [Path(name) for name in json.loads((tmp_path / "files.json").read_text())]
     ours = [path for path in files if path.is_relative_to(installed)]
-    assert {path.relative_to(installed).parts[0] for path in ours} >= {*PACKAGES, "lorafleet.py"}
+    assert {path.relative_to(installed).parts[0] for path in ours} >= {*PACKAGES, "lorafleet.py"} - {"dashboard"}
     own = (*PACKAGES, "lorafleet.py", "tests")
     assert [path for path in files if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in own] == []
+
+
+def test_its_dashboard_has_its_theme_and_stays_on_this_machine(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "neutral").mkdir()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LORAFLEET_", "STREAMLIT_"))}
+    command = [sys.executable, "-m", "lorafleet", "dashboard", "--home", str(tmp_path / "home"), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--no-browser"],
+        cwd=tmp_path / "neutral",
+        env=kept | {"PYTHONPATH": str(installed), "HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            found = re.search(r"http://(localhost:\d+)", said)
+            assert found, said
+            assert answer(f"http://{found[1]}/_stcore/health") == "ok"
+            begun = first_message(f"ws://{found[1]}/_stcore/stream").new_session
+        finally:
+            process.terminate()
+    assert Path(begun.main_script_path).is_relative_to(installed)
+    stated = tomllib.loads((ROOT / "dashboard" / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
+    assert begun.custom_theme.light.primary_color == stated["theme"]["light"]["primaryColor"]
+    assert begun.custom_theme.dark.background_color == stated["theme"]["dark"]["backgroundColor"]
+    assert not begun.config.gather_usage_stats
+
+
+def answer(url: str) -> str:
+    """Ask until it is there."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as found:  # noqa: S310
+                assert found.headers["x-frame-options"] == "DENY"
+                return str(found.read().decode())
+        except OSError:
+            assert time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.1)
+
+
+def first_message(url: str) -> ForwardMsg:
+    """Open a session as a browser does, and return how the server begins it."""
+    with connect(url, subprotocols=[Subprotocol("streamlit")], open_timeout=PATIENCE_S, proxy=None) as socket:
+        socket.send(BackMsg(rerun_script=ClientState()).SerializeToString())
+        while True:
+            got = socket.recv(timeout=PATIENCE_S)
+            assert isinstance(got, bytes)
+            message = ForwardMsg.FromString(got)
+            if message.WhichOneof("type") == "new_session":
+                return message

@@ -1,0 +1,115 @@
+"""The clients of a run as a page shows them: who there is, what each is known to be, and how quick it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from common.store import Client
+from dashboard.queries import client_metrics, clients
+from dashboard.slowness import Pace
+from dashboard.source import Look
+from dashboard.timelines import typical
+from dashboard.words import labels
+
+RECENT = 100
+"""Rounds over which clients' seconds are compared; fewer in shorter runs."""
+TIMELINES = 20
+"""Rounds whose timelines tell what the time is spent on."""
+SHOWN = ("held_out_loss", "train_loss", "cosine_to_mean", "trust")
+"""Numbers of each client that its row in a table has, in the order of preference for the loss."""
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All that a page needs to know of a run's clients, of one moment.
+
+    Parameters
+    ----------
+    members : mapping of str to Client
+        As the server met them, by name; empty for runs of older versions.
+    totals, declared, seconds : DataFrame
+        Of :mod:`dashboard.queries.clients`, with the client as index.
+    latest : mapping of str to Series
+        Each client's last value of a number, by the number's name.
+    phases : mapping
+        Mean seconds of each phase by client, where timelines tell.
+    """
+
+    members: Mapping[str, Client]
+    totals: pd.DataFrame
+    declared: pd.DataFrame
+    seconds: pd.DataFrame
+    latest: Mapping[str, pd.Series]
+    phases: Mapping[str, Mapping[str, float]]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Return all clients, numbers in their names counted as numbers."""
+        found = {*self.members, *self.totals.index}
+        for values in self.latest.values():
+            found.update(values.index)
+        return sorted(found, key=natural)
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Return what each client is called on the page."""
+        return labels(self.names)
+
+    @cached_property
+    def paces(self) -> dict[str, Pace]:
+        """Return how quick each client is."""
+        return {name: self._pace(name) for name in self.names}
+
+    def trains(self, name: str) -> bool:
+        """Tell whether a client trains: it was asked to, or its row says so."""
+        member = self.members.get(name)
+        return name in self.totals.index or (member is not None and member.rank is not None)
+
+    def _pace(self, name: str) -> Pace:
+        label, phases = self.labels[name], self.phases.get(name, {})
+        asked, late = (
+            (int(self.totals.at[name, key]) for key in ("asked", "late")) if name in self.totals.index else (0, 0)
+        )
+        if name not in self.seconds.index:
+            return Pace(label, None, 0, 0, asked, late, phases)
+        row = self.seconds.loc[name]
+        return Pace(label, float(row["median"]), int(row["rounds"]), int(row["last"]), asked, late, phases)
+
+
+def roster(look: Look, run: str) -> Roster:
+    """Ask for all that is known of a run's clients."""
+    return Roster(
+        {member.client: member for member in look.ask(clients.members, run)},
+        _by_client(look.ask(clients.totals, run)),
+        _by_client(look.ask(clients.declared, run)),
+        _by_client(look.ask(clients.seconds, run, RECENT)),
+        {name: _by_client(look.ask(client_metrics.latest, run, name))["value"] for name in SHOWN},
+        typical(look.ask(clients.recent_spans, run, TIMELINES)),
+    )
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort by this, and ``client-2`` comes before ``client-10``."""
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part), "") if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
+
+
+def worst_first(names: Iterable[str], totals: pd.DataFrame) -> list[str]:
+    """Sort clients by the share of rounds they did not take part in, the highest first."""
+
+    def missed(name: str) -> float:
+        if name not in totals.index:
+            return 0.0
+        row = totals.loc[name]
+        return -float(1 - row["accepted"] / max(1, row["asked"] + row["offline"]))
+
+    return sorted(names, key=missed)
+
+
+def _by_client(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_index("client")

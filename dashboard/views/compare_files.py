@@ -1,0 +1,49 @@
+"""A comparison as files: its table, its curves, its chart."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import streamlit as st
+
+from dashboard.exporting import csv_of, png_of
+from dashboard.session import source
+from dashboard.source import Source
+from dashboard.views.compare_findings import BAND, find
+from dashboard.views.compare_lines import Choice, Compared
+
+UNITS = {"round": "", "bytes": "megabytes_per_client", "seconds": "seconds", "epsilon": "epsilon"}
+"""What curves are drawn over, as a file calls it."""
+
+
+def offer(compared: Compared, choice: Choice) -> None:
+    """Offer the files; they are made of what the store holds when somebody wants them.
+
+    To be called outside of a part that looks again by itself: a file of the look before would be gone.
+    """
+    files = (
+        ("Table (CSV)", _table, "comparison.csv", "text/csv"),
+        ("Curves (CSV)", _curves, "comparison-curves.csv", "text/csv"),
+        ("Chart (PNG)", _chart, "comparison.png", "image/png"),
+    )
+    with st.container(horizontal=True):
+        for label, make, name, kind in files:
+            made = partial(make, source(), compared, choice)
+            icon = ":material/download:"
+            st.download_button(label, made, name, kind, key=f"keep_{name}", on_click="ignore", icon=icon)
+
+
+def _table(here: Source, compared: Compared, choice: Choice) -> bytes:
+    return csv_of(find(here, compared, choice).table)
+
+
+def _curves(here: Source, compared: Compared, choice: Choice) -> bytes:
+    found = find(here, compared, choice).curves
+    names = {"series": "line", "x": UNITS[choice.over], "y": "mean", "n": "runs"}
+    return csv_of(found.drop(columns=["x"] if choice.over == "round" else []).rename(columns=names))
+
+
+def _chart(here: Source, compared: Compared, choice: Choice) -> bytes:
+    found = find(here, compared, choice)
+    note = f"Bands: {BAND} over seeds" if found.banded else ""
+    return png_of(found.title, note, *found.drawing())

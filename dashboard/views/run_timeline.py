@@ -1,0 +1,132 @@
+"""The chart of a round: who was busy with what, in seconds since the round began."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from common.store import ClientRound
+from dashboard.charts import Axis, gantt, mapped
+from dashboard.palette import PHASES
+from dashboard.pieces import draw, explain
+from dashboard.refusing import cause
+from dashboard.timelines import Spans, client_spans
+from dashboard.words import labels, visible
+
+SHOWN = 24
+"""Clients drawn before the reader asks for all."""
+ROW, AROUND = 26, 130
+"""Pixels of a client's row, and of axis and legend."""
+SLOW, SLOW_S = 2.0, 0.5
+"""A straggler works this many times as long as the others' median, and so many seconds longer."""
+SERVER, STRAGGLER, LEFT_OUT = "the server", "train, straggler", "left out"
+COLOURS = {
+    "wait": PHASES["wait"],
+    "download": PHASES["download"],
+    "train": PHASES["train"],
+    STRAGGLER: "#AA4499",
+    "upload": PHASES["upload"],
+    "aggregate": PHASES["aggregate"],
+    "evaluate": PHASES["evaluate"],
+    LEFT_OUT: PHASES["lost"],
+}
+TRAINING = ("download", "train", "upload", "lost")
+REASON = Axis("note", "outcome", kind="nominal")
+COLUMNS = ["name", "phase", "start", "end", "note"]
+
+
+def timeline(data: Any, clients: list[ClientRound]) -> None:
+    """Draw a round.
+
+    Parameters
+    ----------
+    data : JSON value
+        Of the round's statistic ``timeline``; None where there is none.
+    clients : list of ClientRound
+        What clients did in the round.
+    """
+    spans, server = client_spans(data), server_spans(data)
+    names = by_end(spans)
+    asked = st.container()
+    shown = names
+    if len(names) > SHOWN and not asked.toggle(f"Show all {len(names)} clients", key="everyone", bind="query-params"):
+        shown = names[:SHOWN]
+    rows = bars(spans, server, shown, clients)
+    used = {phase: colour for phase, colour in COLOURS.items() if phase in set(rows["phase"])}
+    height = ROW * (len(shown) + bool(server)) + AROUND
+    draw(
+        "Who was busy with what",
+        rows,
+        gantt(mapped(used), (REASON,)),
+        _why_empty(data),
+        key="round_timeline",
+        height=height,
+    )
+    if len(shown) < len(names):
+        explain(f"The {SHOWN} clients that ended last, of {len(names)}; the one at the top kept the round waiting.")
+    elif names:
+        explain("The client that ended its training last, at the top, kept the round waiting.")
+
+
+def bars(spans: Spans, server: Spans, shown: list[str], clients: list[ClientRound]) -> pd.DataFrame:
+    """Return a row per span: columns name, phase, start, end, note; the server first, then clients as listed."""
+    names, notes, slow = labels(shown), _notes(clients), stragglers(clients)
+    rows = [
+        (SERVER, "wait" if phase == "train" else phase, start, end, "waits for the clients" if phase == "train" else "")
+        for parts in server.values()
+        for phase, start, end in parts
+        if phase in PHASES
+    ]
+    for client in shown:
+        label = names[client] if names[client] != SERVER else f"{SERVER} (a client)"
+        for phase, start, end in spans[client]:
+            if phase in PHASES:
+                special = {"lost": LEFT_OUT, "train": STRAGGLER if client in slow else "train"}
+                rows.append((label, special.get(phase, phase), start, end, notes.get(client, "")))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def by_end(spans: Spans) -> list[str]:
+    """Return the clients, who ended training last first; those that only measured the model come last."""
+    ends = {
+        client: max((end for phase, _, end in parts if phase in TRAINING), default=0.0)
+        for client, parts in spans.items()
+    }
+    return sorted(spans, key=lambda client: (-ends[client], client))
+
+
+def stragglers(clients: list[ClientRound]) -> set[str]:
+    """Return the clients that worked much longer than the others in one round."""
+    took = {client.client: client.seconds for client in clients if client.status == "accepted" and client.seconds > 0}
+    if len(took) < 3:
+        return set()
+    usual = median(took.values())
+    return {client for client, seconds in took.items() if seconds > SLOW * usual and seconds - usual > SLOW_S}
+
+
+def server_spans(data: Any) -> Spans:
+    """Return the spans of the server in the data of a statistic ``timeline``, under one name."""
+    own = data.get("server") if isinstance(data, dict) else None
+    return client_spans({"clients": {SERVER: own}})
+
+
+def _notes(clients: list[ClientRound]) -> Mapping[str, str]:
+    """Say what became of each client."""
+    return {
+        client.client: "accepted"
+        if client.status in ("accepted", "received")
+        else visible(f"{cause(client.status, client.reason).what}: {client.reason or 'no reason was recorded'}", 200)
+        for client in clients
+    }
+
+
+def _why_empty(data: Any) -> str:
+    if isinstance(data, dict) and "left_out" in data:
+        return "The timeline of this round was too large to keep."
+    return (
+        "This round kept no timeline: it is of an older version, or it was resumed. The table says how long each took."
+    )
