@@ -20,7 +20,7 @@ def csv_of(table: pd.DataFrame) -> bytes:
     texts = table.select_dtypes(exclude="number").columns
     safe = table.assign(**{name: table[name].map(defused) for name in texts}).rename(columns=defused)
     text: str = safe.to_csv(index=False, lineterminator="\r\n")
-    return text.encode("utf-8", "backslashreplace")
+    return text.encode()
 
 
 def defused(value: Any) -> Any:

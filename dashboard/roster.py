@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
+from sqlalchemy import Connection
 
 from common.store import Client
 from dashboard.queries import client_metrics, clients
 from dashboard.slowness import Pace
-from dashboard.source import Look
 from dashboard.timelines import typical
 from dashboard.words import labels
 
@@ -81,16 +81,18 @@ class Roster:
         return Pace(label, float(row["median"]), int(row["rounds"]), int(row["last"]), asked, late, phases)
 
 
-def roster(look: Look, run: str) -> Roster:
-    """Ask for all that is known of a run's clients."""
-    return Roster(
-        {member.client: member for member in look.ask(clients.members, run)},
-        _by_client(look.ask(clients.totals, run)),
-        _by_client(look.ask(clients.declared, run)),
-        _by_client(look.ask(clients.seconds, run, RECENT)),
-        {name: _by_client(look.ask(client_metrics.latest, run, name))["value"] for name in SHOWN},
-        typical(look.ask(clients.recent_spans, run, TIMELINES)),
+def roster(connection: Connection, run: str) -> Roster:
+    """Ask for all that is known of a run's clients, so that it is kept as a whole until the run changes."""
+    found = Roster(
+        {member.client: member for member in clients.members(connection, run)},
+        _by_client(clients.totals(connection, run)),
+        _by_client(clients.declared(connection, run)),
+        _by_client(clients.seconds(connection, run, RECENT)),
+        {name: _by_client(client_metrics.latest(connection, run, name))["value"] for name in SHOWN},
+        typical(clients.recent_spans(connection, run, TIMELINES)),
     )
+    _ = found.paces, found.labels  # worked out now, they are kept with it
+    return found
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -101,14 +103,9 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def worst_first(names: Iterable[str], totals: pd.DataFrame) -> list[str]:
     """Sort clients by the share of rounds they did not take part in, the highest first."""
-
-    def missed(name: str) -> float:
-        if name not in totals.index:
-            return 0.0
-        row = totals.loc[name]
-        return -float(1 - row["accepted"] / max(1, row["asked"] + row["offline"]))
-
-    return sorted(names, key=missed)
+    rounds = (totals["asked"] + totals["offline"]).clip(lower=1)
+    missed = (1 - totals["accepted"] / rounds).to_dict()
+    return sorted(names, key=lambda name: -missed.get(name, 0.0))
 
 
 def _by_client(table: pd.DataFrame) -> pd.DataFrame:

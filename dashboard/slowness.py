@@ -63,14 +63,14 @@ def slowest(paces: Sequence[Pace]) -> str:
         return late or "No client has finished a training round yet."
     first, others = known[0], [pace.busy for pace in known[1:]]
     if not others:
-        said = f"**{plain(first.client, 60)}** alone has trained so far: {duration(first.busy)} a round."
+        said = f"**{plain(first.client, 60)}** alone has trained so far: {took(first.busy)} a round."
     elif first.busy > STANDS_OUT * median(others):
         said = _stands_out(first, median(others))
     else:
         last = known[-1]
         said = (
-            f"**No client is slow:** a round takes each between {duration(last.busy)} ({plain(last.client, 60)}) and "
-            f"{duration(first.busy)} ({plain(first.client, 60)})."
+            f"**No client is slow:** a round takes each between {took(last.busy)} ({plain(last.client, 60)}) and "
+            f"{took(first.busy)} ({plain(first.client, 60)})."
         )
     return f"{said} {late}".rstrip()
 
@@ -86,6 +86,11 @@ def often_late(paces: Sequence[Pace]) -> str:
     return f"{share}{more}."
 
 
+def took(seconds: float) -> str:
+    """Write how long a client took, short rounds in milliseconds."""
+    return duration(seconds) if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def parts(phases: Mapping[str, float]) -> str:
     """Say what a client's time is spent on; empty where nothing is known."""
     spent = {
@@ -98,8 +103,8 @@ def parts(phases: Mapping[str, float]) -> str:
 
 
 def _stands_out(first: Pace, others: float) -> str:
-    times = f"{first.busy / max(others, SHORTEST_S):.1f} times what the others need ({duration(others)})"
-    said = f"**{plain(first.client, 60)} is the slowest:** {duration(first.busy)} a round, {times}."
+    times = f"{first.busy / max(others, SHORTEST_S):.1f} times what the others need ({took(others)})"
+    said = f"**{plain(first.client, 60)} is the slowest:** {took(first.busy)} a round, {times}."
     if first.last > 1:
         said += f" {first.last} of its last {counted(first.rounds, 'round')} waited for it alone."
     if shares := parts(first.phases):

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 LONGEST = 300
+NO_KEY = "__proto__"
+"""The one name that Vega cannot hold: no key of a plain object in JavaScript."""
 JOINER = "\N{WORD JOINER}"
 _REWRITTEN = re.compile(r"(?<=:)(?=[/\w])|(?<=@)(?=\S)|(?<=[Ww]{3})(?=\.)|(?<=[-<>=~])(?=[-<>=~])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
-# Charts sort lines by name into plain objects, where __proto__ is never found again.
-_ODD = {"": "(no name)", "__proto__": "(__proto__)"}
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
 
@@ -25,6 +25,8 @@ def visible(text: object, longest: int = LONGEST) -> str:
     """Return a text on one line, without characters that cannot be seen or that turn the direction of reading."""
     kept = "".join(" " if letter.isspace() else _shown(letter) for letter in str(text)[: 4 * longest])
     line = " ".join(kept.split())
+    if line == NO_KEY:
+        line = f"“{line}”"
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
@@ -60,7 +62,7 @@ def labels(names: Iterable[str], longest: int = 40) -> dict[str, str]:
 
     Names that look alike once they are shortened and cleaned are numbered.
     """
-    shown = {name: _ODD.get(label := visible(name, longest), label) for name in names}
+    shown = {name: visible(name, longest) or "(no name)" for name in names}
     seen: Counter[str] = Counter()
     taken = set(shown.values())
     found = {}

@@ -26,6 +26,8 @@ from tests.programs import AXE, find
 ROOT = Path(__file__).resolve().parents[1]
 Scheme = Literal["light", "dark"]
 DESK, PHONE = (1280, 800), (390, 844)
+NARROW = 600
+"""Windows narrower than this, in pixels, are phones'."""
 PATIENCE_S = 60
 _HERE = ("127.0.0.1", "localhost", "[::1]", "::1")
 _FLAGS = (
@@ -37,6 +39,7 @@ _FLAGS = (
     # Names of other machines are never found, addresses of others lead nowhere.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 )
+_PHONE_AGENT = "Mozilla/5.0 (Linux; Android 10; K) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/{} Mobile Safari/537.36"
 _SETTLED = (Path(__file__).with_name("settled.js")).read_text(encoding="utf-8")
 
 
@@ -181,7 +184,11 @@ def visit(
 ) -> Iterator[Visit]:
     """Open an empty page of a new reader, without cookies, who hears of everything the page does."""
     context = browser.new_context(
-        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, base_url=base_url, reduced_motion="reduce"
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme=scheme,
+        base_url=base_url,
+        reduced_motion="reduce",
+        user_agent=_PHONE_AGENT.format(browser.version) if size[0] < NARROW else None,
     )
     context.set_default_timeout(PATIENCE_S * 1000)
     context.add_init_script(_SETTLED)

@@ -6,7 +6,7 @@ import pandas as pd
 from sqlalchemy import ColumnElement, Connection, Double, Subquery, and_, case, cast, func, select
 
 from common.store.models import ClientRoundRow, ClientRow, MetricRow, RoundRow, RunRow
-from dashboard.queries.tables import finite, table_of
+from dashboard.queries.tables import finite, summable, table_of
 
 POINTS = 250
 """Rounds of a curve that are drawn."""
@@ -69,9 +69,9 @@ def costs(connection: Connection, runs: tuple[str, ...]) -> pd.DataFrame:
     columns = (
         func.sum(cast(RoundRow.bytes_up, Double)).label("bytes_up"),
         func.sum(cast(RoundRow.bytes_down, Double)).label("bytes_down"),
-        func.sum(RoundRow.seconds).filter(finite(RoundRow.seconds)).label("seconds"),
+        func.sum(RoundRow.seconds).filter(summable(RoundRow.seconds)).label("seconds"),
         func.max(RoundRow.epsilon).filter(finite(RoundRow.epsilon)).label("epsilon"),
-        func.avg(RoundRow.error).filter(finite(RoundRow.error)).label("error"),
+        func.avg(RoundRow.error).filter(summable(RoundRow.error)).label("error"),
         func.count().filter(trained).label("rounds"),
         func.count().filter(trained, RoundRow.exact).label("exact"),
     )
@@ -83,13 +83,13 @@ def left_out(connection: Connection, runs: tuple[str, ...]) -> dict[str, int]:
     row = ClientRoundRow
     lost = (row.run.in_(runs), row.status.not_in(("received", "accepted")))
     counted = select(row.run, func.count()).where(*lost).group_by(row.run)
-    return {run: count for run, count in connection.execute(counted).tuples()}
+    return {row[0]: row[1] for row in connection.execute(counted)}
 
 
 def members(connection: Connection, runs: tuple[str, ...]) -> dict[str, int]:
     """Count the clients that each run has met."""
     counted = select(ClientRow.run, func.count()).where(ClientRow.run.in_(runs)).group_by(ClientRow.run)
-    return {run: count for run, count in connection.execute(counted).tuples()}
+    return {row[0]: row[1] for row in connection.execute(counted)}
 
 
 def metric_names(connection: Connection, runs: tuple[str, ...]) -> dict[str, list[str]]:
@@ -120,7 +120,7 @@ def _measured(runs: tuple[str, ...], name: str) -> Subquery:
         row.epsilon,
         MetricRow.value,
         so_far(cast(row.bytes_up, Double) + cast(row.bytes_down, Double)).label("nbytes"),
-        so_far(case((finite(row.seconds), row.seconds), else_=0.0)).label("seconds"),
+        so_far(case((summable(row.seconds), row.seconds), else_=0.0)).label("seconds"),
     )
     # An outer join: from its rounds to their metrics a database goes by the key.
     joined = select(*columns).outerjoin(MetricRow, and_(metric, MetricRow.client == "", MetricRow.layer == ""))

@@ -14,7 +14,7 @@ from sqlalchemy.orm import aliased
 from common.store import Run
 from common.store.models import ArtefactRow, MetricRow, RoundRow, RunRow
 from common.store.reading import read_runs
-from dashboard.queries.tables import finite, table_of
+from dashboard.queries.tables import finite, summable, table_of
 
 T = TypeVar("T")
 LOSSES = ("held_out_loss", "unseen_loss")
@@ -35,7 +35,7 @@ def totals(connection: Connection) -> pd.DataFrame:
     columns = (
         func.sum(cast(RoundRow.bytes_up, Double)).label("bytes_up"),
         func.sum(cast(RoundRow.bytes_down, Double)).label("bytes_down"),
-        func.sum(RoundRow.seconds).filter(finite(RoundRow.seconds)).label("seconds"),
+        func.sum(RoundRow.seconds).filter(summable(RoundRow.seconds)).label("seconds"),
         func.max(RoundRow.epsilon).filter(finite(RoundRow.epsilon)).label("epsilon"),
     )
     return table_of(connection, select(RoundRow.run, *columns).group_by(RoundRow.run))

@@ -6,12 +6,12 @@ import pandas as pd
 import streamlit as st
 
 from common.store import Run
-from common.wording import counted, duration
+from common.wording import counted
 from dashboard.pieces import chosen_or_stop, explain, live, table
 from dashboard.queries import refusals
 from dashboard.roster import RECENT, Roster, roster
 from dashboard.session import source
-from dashboard.slowness import slowest
+from dashboard.slowness import slowest, took
 from dashboard.source import Look
 from dashboard.views.clients_charts import over_rounds, participation, time_spent
 from dashboard.views.clients_details import details
@@ -31,7 +31,7 @@ def page() -> None:
 
     def body() -> None:
         look = source().look(run.id)
-        known = roster(look, run.id)
+        known = look.ask(roster, run.id)
         if known.names:
             _show(look, run, known)
         else:
@@ -70,7 +70,7 @@ def _head(known: Roster) -> None:
             st.metric("Only evaluate", only, width=WIDTH)
         st.metric("Replies used", f"{used / asked:.1%}" if asked else "–", help="Of all asked for.", width=WIDTH)
         st.metric("Left out", f"{asked - used:,}", help="Replies asked for and not used; see why below.", width=WIDTH)
-        typical = "–" if pd.isna(middle) else duration(float(middle))
+        typical = "–" if pd.isna(middle) else took(float(middle))
         about = f"Of one client in one round: the middle of all clients' medians over the last {RECENT} rounds."
         st.metric("Typical time", typical, help=about, width=WIDTH)
 
@@ -84,7 +84,7 @@ def _choice(run: Run, known: Roster) -> str | None:
         rows,
         hide_index=True,
         key=ROWS,
-        height=min(38 + 35 * len(rows), 400),
+        height=min(3 + 35 * (1 + len(rows)), 400),
         column_config=MEMBER_COLUMNS,
         placeholder="–",
         on_select=_choose_row,

@@ -8,13 +8,13 @@ import pandas as pd
 import streamlit as st
 
 from common.store import Run
-from common.wording import duration, number, size
+from common.wording import number, size
 from dashboard.charts import ROUND, Axis, lines
 from dashboard.metric_words import metric_words
 from dashboard.pieces import draw, explain, table
 from dashboard.queries import clients
 from dashboard.roster import Roster
-from dashboard.slowness import parts
+from dashboard.slowness import parts, took
 from dashboard.source import Look
 from dashboard.timelines import LONGEST_S
 from dashboard.views.clients_charts import DOTS, curves
@@ -73,7 +73,7 @@ def _facts(roster: Roster, name: str) -> None:
     took_part = "–" if counts is None else f"{int(counts['accepted'])} of {int(counts['asked'])}"
     shown = {
         "Took part": took_part,
-        "Median time": "–" if pace.seconds is None else duration(pace.seconds),
+        "Median time": "–" if pace.seconds is None else took(pace.seconds),
         "Last loss": number(loss if math.isfinite(loss) else None),
         "Examples": f"{examples:,}" if examples > 0 else "–",
         "Free memory": size(member.memory_bytes) if member is not None and member.memory_bytes > 0 else "–",

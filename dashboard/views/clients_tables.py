@@ -65,10 +65,28 @@ ROUND_COLUMNS: dict[str, Any] = {
 
 def member_table(roster: Roster, run: Run) -> pd.DataFrame:
     """Return a row per client; columns that nobody has a value in are left out."""
+    names, totals, declared = roster.names, roster.totals, roster.declared
+    table = pd.DataFrame(index=pd.Index(names, dtype=object))
+    table["client"] = [roster.labels[name] for name in names]
+    table["seconds"] = [roster.paces[name].seconds for name in names]
+    table["part"] = 100 * totals["accepted"] / totals["asked"].where(totals["asked"] > 0)
+    replies = [f"{used} of {asked}" for used, asked in zip(totals["accepted"], totals["asked"], strict=True)]
+    table["rounds"] = pd.Series(replies, totals.index, dtype=object)
+    left_out = [left_out_words(counts) or None for counts in totals.to_dict("records")]
+    table["left_out"] = pd.Series(left_out, totals.index, dtype=object)
+    table["loss"] = _finite(roster, "held_out_loss").reindex(names).fillna(_finite(roster, "train_loss"))
+    members = [roster.members.get(name) for name in names]
+    told = declared["rank"].astype(float)
+    ranks = [None if member is None else member.rank for member in members]
+    table["rank"] = pd.Series(ranks, table.index, dtype=float).fillna(told)
+    table["why"] = [None if member is None else visible(member.rank_reason) or None for member in members]
+    table["examples"] = declared["num_examples"].where(declared["num_examples"] > 0)
     shares = weights(roster, str(setting(run, "federation.weighting", "examples")))
-    rows = [_member_row(roster, name, shares.get(name)) for name in roster.names]
-    table = pd.DataFrame(rows, columns=list(MEMBER_COLUMNS))
-    return table.dropna(axis="columns", how="all")
+    table["share"] = 100 * pd.Series(shares, dtype=float)
+    table["device"] = [None if member is None else visible(member.device, 60) or None for member in members]
+    table["memory"] = [None if member is None else member.memory_bytes or None for member in members]
+    table["cosine"], table["trust"] = _finite(roster, "cosine_to_mean"), _finite(roster, "trust")
+    return table.reset_index(drop=True).dropna(axis="columns", how="all")
 
 
 def weights(roster: Roster, weighting: str) -> dict[str, float]:
@@ -107,7 +125,7 @@ def reason_table(found: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame
         )
         row["count"] += int(count)
         row["first"] = min(row["first"], first)
-        row["who"][labels.get(client, visible(client, 40))] = None
+        row["who"][labels.get(client) or visible(client, 40)] = None
     table = pd.DataFrame([_reason_row(row) for row in rows.values()], columns=[*REASON_COLUMNS, "hint"])
     return table
 
@@ -126,38 +144,9 @@ def round_table(found: pd.DataFrame) -> pd.DataFrame:
     return table.dropna(axis="columns", how="all")
 
 
-def _member_row(roster: Roster, name: str, share: float | None) -> dict[str, Any]:
-    member = roster.members.get(name)
-    row: dict[str, Any] = {
-        "client": roster.labels[name],
-        "share": None if share is None else 100 * share,
-        "seconds": roster.paces[name].seconds,
-    }
-    if member is not None:
-        row |= {
-            "rank": member.rank,
-            "why": visible(member.rank_reason) or None,
-            "device": visible(member.device, 60) or None,
-        }
-        row["memory"] = member.memory_bytes or None
-    if name in roster.declared.index:
-        last = roster.declared.loc[name]
-        row.setdefault("rank", None if pd.isna(last["rank"]) else int(last["rank"]))
-        row["examples"] = int(last["num_examples"]) or None
-    if name in roster.totals.index:
-        counts = roster.totals.loc[name]
-        asked = int(counts["asked"])
-        row["part"] = 100 * counts["accepted"] / asked if asked else None
-        row["rounds"] = f"{int(counts['accepted'])} of {asked}"
-        row["left_out"] = left_out_words(counts) or None
-    held_out, trained = _latest(roster, "held_out_loss", name), _latest(roster, "train_loss", name)
-    row["loss"] = trained if held_out is None else held_out
-    return row | {"cosine": _latest(roster, "cosine_to_mean", name), "trust": _latest(roster, "trust", name)}
-
-
-def _latest(roster: Roster, number: str, name: str) -> float | None:
-    value = roster.latest[number].get(name)
-    return float(value) if value is not None and math.isfinite(value) else None
+def _finite(roster: Roster, number: str) -> pd.Series:
+    values = roster.latest[number].astype(float)
+    return values.where(values.abs() < math.inf)
 
 
 def _reason_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.store import Run
-from dashboard.settings import ABSENT, flat
+from dashboard.settings import ABSENT, flat, settings
 from dashboard.words import visible
 
 SEED, STRATEGY, NAME, CODE = "seed", "strategy.name", "name", "code"
@@ -46,8 +46,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def differing(groups: Sequence[Settings]) -> list[str]:
     """Return the settings in which some differ, strategy first, names and code last."""
-    paths = sorted({path for settings in groups for path in settings}, key=_importance)
-    return [path for path in paths if len({settings.get(path, ABSENT) for settings in groups}) > 1]
+    paths = sorted({path for group in groups for path in group}, key=_importance)
+    return [path for path in paths if len({group.get(path, ABSENT) for group in groups}) > 1]
 
 
 def untold(names: Sequence[str], groups: Sequence[Settings]) -> list[str]:
@@ -72,9 +72,10 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 def settings_of(run: Run) -> dict[str, str]:
     """Return what makes a run what it is but for its seed: its configuration and its code."""
+    if not settings(run):
+        return {"run": visible(run.id)}  # what cannot be read is like nothing else
     known = {path: value for path, value in flat(run).items() if path != SEED}
-    # What cannot be read is like nothing else.
-    return {**known, CODE: visible(run.fingerprint[:12])} if known else {"run": run.id}
+    return {**known, CODE: visible(run.fingerprint[:12])}
 
 
 def _one_per_seed(runs: Sequence[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
@@ -92,11 +93,11 @@ def _labels(groups: Sequence[Settings], samples: Sequence[Run]) -> list[str]:
         told.append(max((path for path in paths if path not in told), key=lambda path: _apart(groups, [*told, path])))
     if not told:
         return [visible(run.strategy, LONGEST) for run in samples]
-    return distinct(" · ".join(_said(path, settings) for path in told) for settings in groups)
+    return distinct(" · ".join(_said(path, group) for path in told) for group in groups)
 
 
 def _apart(groups: Sequence[Settings], paths: Sequence[str]) -> int:
-    return len({tuple(settings.get(path, ABSENT) for path in paths) for settings in groups})
+    return len({tuple(group.get(path, ABSENT) for path in paths) for group in groups})
 
 
 def _said(path: str, settings: Settings) -> str:

@@ -120,7 +120,9 @@ def draw_directions_over_rounds(moment: Moment) -> None:
     middle = found.assign(series=MIDDLE, value=found["median"])
     lowest = found[["round"]].assign(series=LOWEST, value=found["lowest"])
     rows = pd.concat([middle, lowest], ignore_index=True)
-    spec = lines(ROUND, AGREEMENT, (MIDDLE, LOWEST), band="8 of 10 clients", dashed=(LOWEST,), dots=len(rounds) <= DOTTED)
+    spec = lines(
+        ROUND, AGREEMENT, (MIDDLE, LOWEST), band="8 of 10 clients", dashed=(LOWEST,), dots=len(rounds) <= DOTTED
+    )
     why = _why(moment, "", "cosines of clients to the average")
     draw("Clients to the average, over rounds", rows, spec, why, key="directions-over-rounds", height=240)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import streamlit as st
 
 from common.errors import StoreError
@@ -41,8 +43,19 @@ def page() -> None:
     live(body, running=True)
     adapter(run)
     for part in PARTS:
-        # A choice in one part draws this part anew, and no other.
-        st.fragment(part)(run)
+        _show(part, run)
+
+
+def _show(part: Callable[[Run], None], run: Run) -> None:
+    """Show a part of the page; a choice made in it draws it anew, and nothing else."""
+
+    def shown() -> None:
+        try:
+            part(run)
+        except StoreError as error:
+            st.error(plain(error))
+
+    st.fragment(shown)()
 
 
 def seen(run: Run) -> Seen:

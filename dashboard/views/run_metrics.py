@@ -11,7 +11,7 @@ import streamlit as st
 from common.store import Run
 from dashboard.charts import ROUND, Axis, lines
 from dashboard.metric_words import metric_titles, metric_words
-from dashboard.pieces import draw, explain
+from dashboard.pieces import HEIGHT, draw, explain
 from dashboard.queries.clients import members
 from dashboard.queries.rounds import (
     POINTS,
@@ -29,6 +29,7 @@ from dashboard.views.run_choices import other_runs
 from dashboard.words import labels
 
 PREFERRED = ("held_out_loss", "unseen_loss", "train_loss")
+LEGEND_ROW = 18
 MOST_CLIENTS, MOST_RUNS = 6, 5
 MEAN, MEDIAN, WORST = "weighted mean of the clients", "median client", "worst client"
 BAND = "10–90 % of the clients"
@@ -61,8 +62,17 @@ def metrics(run: Run) -> None:
     more = (Axis("clients", "clients", "d"),) if banded else ()
     spec = lines(ROUND, y, tuple(parts), BAND if banded else "", more, tuple(choice.runs))
     explained = "None of its values is a finite number." if lost else "This run has not measured it yet."
-    draw(metric_titles(known)[choice.name].replace("_", " "), shown, spec, explained, key="metric_chart")
+    draw(
+        metric_titles(known)[choice.name].replace("_", " "),
+        shown,
+        spec,
+        explained,
+        key="metric_chart",
+        height=HEIGHT + LEGEND_ROW * (len(parts) // 2),
+    )
     aside = f" Left out: {lost} values that are not finite numbers." if lost else ""
+    if len(look.ask(ended_rounds, run.id)) > SPREAD_POINTS:
+        aside += " Of so many rounds some between are not drawn."
     explain(f"Round 0 is before training. {_better(choice.name)}{aside}".strip())
 
 

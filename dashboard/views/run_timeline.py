@@ -23,7 +23,7 @@ ROW, AROUND = 26, 130
 """Pixels of a client's row, and of axis and legend."""
 SLOW, SLOW_S = 2.0, 0.5
 """A straggler works this many times as long as the others' median, and so many seconds longer."""
-SERVER, STRAGGLER, LEFT_OUT = "the server", "train, straggler", "left out"
+SERVER, STRAGGLER, LEFT_OUT = "the server", "straggler", "left out"
 COLOURS = {
     "wait": PHASES["wait"],
     "download": PHASES["download"],
@@ -67,9 +67,11 @@ def timeline(data: Any, clients: list[ClientRound]) -> None:
         height=height,
     )
     if len(shown) < len(names):
-        explain(f"The {SHOWN} clients that ended last, of {len(names)}; the one at the top kept the round waiting.")
+        explain(
+            f"{SHOWN} of {len(names)} clients: those that were left out, then those that ended their training last."
+        )
     elif names:
-        explain("The client that ended its training last, at the top, kept the round waiting.")
+        explain("Clients that were left out come first, then those that ended their training last.")
 
 
 def bars(spans: Spans, server: Spans, shown: list[str], clients: list[ClientRound]) -> pd.DataFrame:
@@ -91,12 +93,13 @@ def bars(spans: Spans, server: Spans, shown: list[str], clients: list[ClientRoun
 
 
 def by_end(spans: Spans) -> list[str]:
-    """Return the clients, who ended training last first; those that only measured the model come last."""
-    ends = {
-        client: max((end for phase, _, end in parts if phase in TRAINING), default=0.0)
-        for client, parts in spans.items()
-    }
-    return sorted(spans, key=lambda client: (-ends[client], client))
+    """Return the clients: those that were left out, then who ended training last; who only measured comes last."""
+
+    def order(client: str) -> tuple[bool, float, str]:
+        ends = [end for phase, _, end in spans[client] if phase in TRAINING]
+        return all(phase != "lost" for phase, _, _ in spans[client]), -max(ends, default=0.0), client
+
+    return sorted(spans, key=order)
 
 
 def stragglers(clients: list[ClientRound]) -> set[str]:

@@ -96,7 +96,7 @@ def _overview(runs: list[Run], wanted: Wanted) -> None:
 def _counts(states: list[str], found: Found) -> None:
     stopped = sum(state in ("failed", "interrupted") for state in states)
     traffic = found.totals[["bytes_up", "bytes_down"]].to_numpy().sum()
-    with st.container(horizontal=True, gap="large"):
+    with st.container(horizontal=True, gap="medium"):
         _count("Runs", f"{len(states):,}")
         _count("Running now", f"{states.count('running'):,}")
         _count("Failed or interrupted", f"{stopped:,}")

@@ -40,6 +40,7 @@ from dashboard.views.compare_lines import (
 from dashboard.views.compare_outcomes import Answers, common_level, counting, outcomes
 from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
 from dashboard.views.compare_verdict import judges, verdict
+from dashboard.words import plain
 
 APP = Path(__file__).parents[2] / "dashboard/app.py"
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -389,8 +390,9 @@ def test_the_verdict_does_not_say_what_nobody_knows() -> None:
 
 def test_the_verdict_takes_names_letter_for_letter() -> None:
     rows = [(HOSTILE, 1.0, None, 1), ("b", 2.0, None, 1)]
-    assert "<b>" not in verdict(_table(rows), LOSS, 1, "")
-    assert "\\<b\\>\\[x\\]\\(javascript\\:1\\)" in verdict(_table(rows), LOSS, 1, "")
+    said = verdict(_table(rows), LOSS, 1, "")
+    assert said.startswith(f"**{plain(HOSTILE)}** ends")
+    assert HOSTILE not in said
 
 
 @pytest.mark.parametrize(("metric", "judged"), [(LOSS, True), ("held_out_perplexity", True), ("update_norm", False)])
@@ -406,12 +408,16 @@ def _file(home: Path, **changes: Any) -> Path:
         curve = [{"round": n, "held_out": loss, "worst": None, "nbytes": None} for n, loss in enumerate(losses)]
         return {"seed": seed, "runs": runs, "curve": curve, "measures": {"seconds": 4.0, "held_out_loss": None}}
 
+    def row(label: str, outcomes: list[dict[str, Any]], reference: bool = False, told: str = "") -> dict[str, Any]:
+        troubles = [{"seed": 1, "status": "failed", "sentence": told}] if told else []
+        return {"label": label, "settings": {}, "reference": reference, "outcomes": outcomes, "troubles": troubles}
+
     rows = [
-        {"label": "flora", "settings": {}, "reference": False, "outcomes": [outcome(0, ["a0"], 9.0), outcome(1, ["a1"])], "troubles": []},
-        {"label": HOSTILE, "settings": {}, "reference": False, "outcomes": [outcome(0, ["b0"])], "troubles": [{"seed": 1, "status": "failed", "sentence": HOSTILE}]},
-        {"label": "gone", "settings": {}, "reference": False, "outcomes": [outcome(0, ["nowhere"])], "troubles": []},
-        {"label": "local", "settings": {}, "reference": True, "outcomes": [outcome(0, ["x", "y"], 3.0, 0.5), outcome(1, ["z"], 3.0, 0.7)], "troubles": []},
-    ]  # fmt: skip
+        row("flora", [outcome(0, ["a0"], 9.0), outcome(1, ["a1"])]),
+        row(HOSTILE, [outcome(0, ["b0"])], told=HOSTILE),
+        row("gone", [outcome(0, ["nowhere"])]),
+        row("local", [outcome(0, ["x", "y"], 3.0, 0.5), outcome(1, ["z"], 3.0, 0.7)], reference=True),
+    ]
     file = home.parent / "comparison.json"
     file.write_text(json.dumps({"command": "lorafleet compare x", "rows": rows, "home": "/elsewhere", **changes}))
     return file

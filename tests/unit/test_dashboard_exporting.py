@@ -26,13 +26,13 @@ def test_anything_else_stays_as_it_is(value: object) -> None:
 
 def test_a_table_comes_back_from_its_file() -> None:
     table = pd.DataFrame(
-        {"label": ["=cmd|x", 'a "b", c\nd', "\ud800"], "loss": [-0.5, math.nan, 1e-300], "=n": [1, -2, 3]}
+        {"label": ["=cmd|x", 'a "b", c\nd', "\u202e→"], "loss": [-0.5, math.nan, 1e-300], "=n": [1, -2, 3]}
     )
     rows = list(csv.reader(csv_of(table).decode().split("\r\n")))
     assert rows[0] == ["label", "loss", "'=n"]
     assert rows[1] == ["'=cmd|x", "-0.5", "1"]
     assert rows[2] == ['a "b", c\nd', "", "-2"]
-    assert rows[3] == ["\\ud800", "1e-300", "3"]
+    assert rows[3] == ["\u202e→", "1e-300", "3"]
 
 
 def test_a_chart_becomes_a_picture_in_the_colours_of_the_palette() -> None:

@@ -115,8 +115,8 @@ def test_answers() -> None:
     policy = Policy("sample", 8.0)
     rounds, spent = [0, 1, 2], [0.0, 2.0, 4.0]
     assert answer(policy, rounds, spent, 3, True) == (
-        "**ε = 4 of 8 is spent (50%).** At the pace of the last 2 rounds the rest lasts about 2 rounds; the run plans 1 more. "
-        "This extends a straight line; it is no account of rounds that are not run yet."
+        "**ε = 4 of 8 is spent (50%).** At the pace of the last 2 rounds the rest lasts about 2 rounds; "
+        "the run plans 1 more. This extends a straight line; it is no account of rounds that are not run yet."
     )
     assert "but the run plans 8: it will not reach the end" in answer(policy, rounds, spent, 10, True)
     assert "the rest would last about 2 rounds. This" in answer(policy, rounds, spent, 2, False)
@@ -131,12 +131,15 @@ def test_odds() -> None:
 
 
 def test_what_protects_a_run_without_privacy(tmp_path: Path) -> None:
-    secure = {"secure_aggregation": {"enabled": True, "min_cohort": 3}, "evaluation": {"on": ["server"]}}
+    secure: dict[str, Any] = {
+        "secure_aggregation": {"enabled": True, "min_cohort": 3},
+        "evaluation": {"on": ["server"]},
+    }
     with _store(tmp_path / "a", **secure) as store:
         run = store.get_run(RUN)
     assert "the server learns the sum of at least 3 clients and no single update" in " ".join(protections(run))
     assert "held-out" not in " ".join(risks(run))
-    open_ = {"federation": {"keep_replies": True}, "evaluation": {"on": ["clients", "server"]}}
+    open_: dict[str, Any] = {"federation": {"keep_replies": True}, "evaluation": {"on": ["clients", "server"]}}
     with _store(tmp_path / "b", **open_) as store:
         run = store.get_run(RUN)
     assert "Secure aggregation is off" in " ".join(protections(run))

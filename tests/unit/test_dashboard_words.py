@@ -77,6 +77,7 @@ def test_it_is_one_bounded_line_of_what_can_be_seen(text: str, longest: int) -> 
         (3, "3"),
         (None, "None"),
         ("é 漢 😀", "é 漢 😀"),
+        ("__proto__", "“__proto__”"),
         ("x" * 301, "x" * 299 + "…"),
     ],
 )
