@@ -9,6 +9,8 @@ import streamlit as st
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# The views are imported here, when the server starts, and not when its first reader waits for them.
+from dashboard import views  # noqa: F401
 from dashboard.pages import PAGE, PATHS
 
 HEADERS = (

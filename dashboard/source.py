@@ -6,12 +6,14 @@ the cache, and :attr:`Source.trouble` says since when the view is old.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Any, TypeVar
 
 import streamlit as st
@@ -23,6 +25,8 @@ from common.store.run_store import utc_now
 from dashboard.queries.moments import last_change
 
 T = TypeVar("T")
+FRESH_S = 0.05
+"""A look is good for the rest of the script that took it, and for other viewers' at the same time."""
 KEPT = 300
 """Answers that are kept, of all runs and moments together."""
 
@@ -53,6 +57,7 @@ class Source:
         self._store: RunStore | None = None
         self._lock = Lock()
         self._known: dict[str, tuple[str, str]] = {}
+        self._looked: dict[str, float] = {}
 
     def look(self, run: str = "") -> Look:
         """Look at a run, or at the whole store.
@@ -62,6 +67,11 @@ class Source:
         StoreError
             If the store does not answer and never did for this run.
         """
+        if monotonic() - self._looked.get(run, -math.inf) > FRESH_S:
+            self._look_again(run)
+        return Look(self, run, *self._known[run])
+
+    def _look_again(self, run: str) -> None:
         try:
             with self.reading() as connection:
                 token = last_change(connection, run)
@@ -73,7 +83,7 @@ class Source:
             self.trouble, self.answered_at = "", utc_now()
             latest, before = self._known.get(run, (token, token))
             self._known[run] = (token, before if token == latest else latest)
-        return Look(self, run, *self._known[run])
+            self._looked[run] = monotonic()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

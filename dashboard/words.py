@@ -23,7 +23,9 @@ _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
 def visible(text: object, longest: int = LONGEST) -> str:
     """Return a text on one line, without characters that cannot be seen or that turn the direction of reading."""
-    kept = "".join(" " if letter.isspace() else _shown(letter) for letter in str(text)[: 4 * longest])
+    kept = str(text)[: 4 * longest]
+    if not (kept.isascii() and kept.isprintable()):
+        kept = "".join(" " if letter.isspace() else _shown(letter) for letter in kept)
     line = " ".join(kept.split())
     if line == NO_KEY:
         line = f"“{line}”"

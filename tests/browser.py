@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.programs import AXE, find
 
@@ -130,6 +130,7 @@ def _is_healthy(place: str) -> bool:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Run the system's Chromium without a window."""
+    expect.set_options(timeout=PATIENCE_S * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find("chromium"), args=list(_FLAGS))
         try:

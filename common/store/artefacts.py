@@ -91,8 +91,7 @@ def write_artefact(folder: Path, name: str, data: bytes | Callable[[Path], objec
     """
     path = checked_path(folder.name, f"{RUNS}/{folder.name}/{name}")
     target = folder.joinpath(*PurePosixPath(path).parts[2:])
-    if not target.parent.resolve().is_relative_to(folder.resolve()):
-        raise StoreError(f"{target} leads out of the run's folder {folder}; remove the link on its way")
+    _check_inside(folder, target.parent)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         make_folder(target.parent)
@@ -108,6 +107,19 @@ def write_artefact(folder: Path, name: str, data: bytes | Callable[[Path], objec
             raise
         raise unusable(target, cause) from error
     return ArtefactFile(path, digest, nbytes)
+
+
+def file_of(home: Path, run_id: str, path: str) -> Path:
+    """Return where the file of a stored path lies.
+
+    Raises
+    ------
+    StoreError
+        When the path, or a link on its way, leads out of the run's folder.
+    """
+    file = home / checked_path(run_id, path)
+    _check_inside(home / RUNS / run_id, file)
+    return file
 
 
 def verify(path: Path, sha256: str) -> None:
@@ -145,6 +157,11 @@ def checked_path(run_id: str, path: str) -> str:
             f" not hidden, without '..' and of at most {PATH_LENGTH} characters"
         )
     return "/".join(parts)
+
+
+def _check_inside(folder: Path, target: Path) -> None:
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"{target} leads out of the run's folder {folder}; remove the link on its way")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from common.errors import StoreError
 from common.store import reading, writing
-from common.store.artefacts import checked_path, make_folder, run_folder, unusable
+from common.store.artefacts import file_of, make_folder, run_folder, unusable
 from common.store.database import Database
 from common.store.entities import Artefact, Client, ClientRound, Event, Metric, Round, Run, RunStatus, Statistic
 from common.store.lock import RunLock
@@ -191,9 +191,9 @@ class RunStore:
         Raises
         ------
         StoreError
-            When the path leads out of the run's folder.
+            When the path, or a link on its way, leads out of the run's folder.
         """
-        return self.home / checked_path(run_id, path)
+        return file_of(self.home, run_id, path)
 
     def begin_round(self, run_id: str, round: int, cohort: Sequence[str], base_version: int = 0) -> Round:
         """Begin a round, or return it as it is if it has begun: a resumed run finds the same cohort."""

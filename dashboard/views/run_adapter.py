@@ -9,7 +9,7 @@ import streamlit as st
 
 from common.errors import StoreError
 from common.store import Artefact, Run
-from common.store.artefacts import checked_path
+from common.store.artefacts import file_of
 from common.store.reading import read_artefacts
 from common.wording import size
 from dashboard.commands import typed
@@ -47,7 +47,7 @@ def _place(run: Run) -> None:
         )
         return
     try:
-        file = source().home / checked_path(run.id, run.adapter_path)
+        file = file_of(source().home, run.id, run.adapter_path)
     except StoreError:
         explain("The store names a file outside of the run's folder; it is not touched.")
         return
@@ -106,7 +106,7 @@ def _samples(run: Run, file: Artefact) -> None:
 def _read_samples(run: Run, file: Artefact) -> list[tuple[str, str]]:
     """Read prompts and texts; nothing from a file that is missing, too large or of another form."""
     try:
-        path = source().home / checked_path(run.id, file.path)
+        path = file_of(source().home, run.id, file.path)
         with path.open("rb") as opened:
             rows = json.loads(opened.read(SAMPLES_BYTES))
         return [(str(row["prompt"]), str(row["text"])) for row in rows]

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import CorruptArtefact, StoreError
 from common.store import RunLock, is_locked, verify, write_artefact
-from common.store.artefacts import checked_path, remove_leftovers
+from common.store.artefacts import checked_path, file_of, remove_leftovers
 
 
 @pytest.fixture
@@ -167,3 +167,15 @@ def test_entering_a_lock_removes_what_a_killed_writer_left(folder: Path) -> None
     (folder / ".a.bin.tmp").write_bytes(b"half")
     with RunLock(folder):
         assert files_in(folder) == ["lock"]
+
+
+def test_a_link_out_of_the_run_is_not_followed(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    (tmp_path / "secret").write_text("not the run's")
+    (run / "adapter.safetensors").symlink_to(tmp_path / "secret")
+    (run / "rounds").symlink_to(tmp_path)
+    for path in ("runs/r1/adapter.safetensors", "runs/r1/rounds/secret"):
+        with pytest.raises(StoreError, match="leads out of the run's folder"):
+            file_of(tmp_path, "r1", path)
+    assert file_of(tmp_path, "r1", "runs/r1/other") == run / "other"

@@ -365,7 +365,8 @@ def test_rounds_in_a_sentence() -> None:
     assert sentence(first, []) == "**Round 0, before training:** 1.5 kB up and 0 B down in 1 min 01 s."
 
 
-def test_a_store_that_goes_away_leaves_the_last_view(home: Path, page: Any) -> None:
+def test_a_store_that_goes_away_leaves_the_last_view(home: Path, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashboard.source.FRESH_S", 0)
     app = page(round="1")
     (home / "lorafleet.db").rename(home / "gone")
     app.run()

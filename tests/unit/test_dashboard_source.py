@@ -23,6 +23,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
+    monkeypatch.setattr("dashboard.source.FRESH_S", 0)
     st.cache_data.clear()
     yield tmp_path / "home"
     st.cache_data.clear()
@@ -194,3 +195,14 @@ def test_it_only_reads(store: RunStore, source: Source) -> None:
     with pytest.raises(StoreError):
         source.look().ask(write)
     assert len(store.runs()) == 2
+
+
+def test_a_look_is_good_for_a_moment(source: Source, store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("dashboard.source.FRESH_S", 0.05)
+    monkeypatch.setattr("dashboard.source.monotonic", lambda: now[0])
+    first = source.look("r1")
+    store.add_event("r1", "note", "something new")
+    assert source.look("r1") == first
+    now[0] += 0.06
+    assert source.look("r1").token != first.token
