@@ -71,7 +71,7 @@ def test_a_run_is_watched_as_it_goes_on_then_compared_and_taken_home(
 
 def watch(page: Page) -> None:
     """Choose something, scroll, and see rounds come: nothing else may move."""
-    expect(number(page, "Rounds done")).to_have_text(re.compile("^[1-9] of 9"))
+    expect(number(page, "Rounds done")).to_have_text(re.compile("^[2-9] of 9"))
     settle(page)
     choose(page, "Measure", "loss in training")
     settle(page)
@@ -83,7 +83,9 @@ def watch(page: Page) -> None:
     assert seen["top"] == [400], seen
     assert len(seen["charts"]) == len(seen["painted"]) == 1, seen
     assert seen["charts"][0] == seen["painted"][0] >= 3, seen
-    assert (len(seen["metrics"]), seen["faded"], seen["skeletons"]) == (1, 0, 0), seen
+    assert (len(seen["metrics"]), seen["skeletons"]) == (1, 0), seen
+    # What is old for half a second begins to fade; a page that is quick is new before, but not on every machine.
+    assert seen["faintest"] > 0.6, seen
     expect(chooser(page, "Measure")).to_have_value("loss in training")
 
 

@@ -4,9 +4,9 @@
   const count = (selector) => main.querySelectorAll(selector).length;
   const painted = () =>
     [...main.querySelectorAll('[data-testid="stVegaLiteChart"]')].filter((chart) => chart.querySelector("canvas, svg .mark-group")).length;
-  const faded = () =>
-    [...main.querySelectorAll('[data-stale="true"]')].filter((element) => getComputedStyle(element).opacity < 0.9).length;
-  const kept = { frames: 0, rounds: [], top: [], charts: [], painted: [], metrics: [], faded: 0, skeletons: 0, heights: [] };
+  const faintest = () =>
+    Math.min(1, ...[...main.querySelectorAll('[data-stale="true"]')].map((element) => Number(getComputedStyle(element).opacity)));
+  const kept = { frames: 0, rounds: [], top: [], charts: [], painted: [], metrics: [], faintest: 1, skeletons: 0, heights: [] };
 
   const enter = (list, value) => {
     if (list.at(-1) !== value) list.push(value);
@@ -21,7 +21,7 @@
     enter(kept.painted, painted());
     enter(kept.metrics, count('[data-testid="stMetric"]'));
     enter(kept.heights, main.scrollHeight);
-    kept.faded = Math.max(kept.faded, faded());
+    kept.faintest = Math.min(kept.faintest, faintest());
     kept.skeletons = Math.max(kept.skeletons, count('[data-testid="stSkeleton"], [data-testid="stSpinner"]'));
     requestAnimationFrame(look);
   };

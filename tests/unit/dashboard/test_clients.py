@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import streamlit as st
 from sqlalchemy import Connection
-from streamlit.testing.v1 import AppTest
 
 from common.store import Client, ClientRound, ClientStatus, Event, Metric, Round, RunStore, Statistic
 from dashboard.metric_words import metric_titles, metric_words
@@ -24,22 +22,12 @@ from dashboard.timelines import client_spans, typical
 from dashboard.views.clients_charts import extremes
 from dashboard.views.clients_tables import left_out_words, reason_table
 from dashboard.words import labels, plain
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard/app.py"
 START = datetime(2026, 11, 1, tzinfo=UTC)
 LATE = "no answer within the deadline of 60 s"
 HOSTILE = "<b>[x](javascript:1)</b> $1$"
 RUN = "run-1"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Keep nothing that was asked in another test."""
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture
@@ -272,17 +260,8 @@ def test_words_for_numbers() -> None:
     assert metric_titles(["train_loss", "x"]) == {"train_loss": "loss in training", "x": "x"}
 
 
-def _open(home: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> AppTest:
-    monkeypatch.setenv("LORAFLEET_HOME", str(home))
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    page = AppTest.from_file(str(APP), default_timeout=30)
-    for key, value in {"page": "clients", "run": RUN, **given}.items():
-        page.query_params[key] = value
-    return page.run()
-
-
-def test_the_page_answers_which_client_is_slow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch)
+def test_the_page_answers_which_client_is_slow(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "clients", run=RUN)
     assert not page.exception
     assert page.markdown[0].value.startswith("**ada is the slowest:** 9.0 s a round, 4.5 times")  # 7 s, 2 s of upload
     assert [metric.label for metric in page.metric][:3] == ["Clients", "Only evaluate", "Replies used"]
@@ -294,8 +273,8 @@ def test_the_page_answers_which_client_is_slow(home: Path, monkeypatch: pytest.M
     assert "late" not in members.columns
 
 
-def test_a_client_of_the_address_opens_its_details(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch, client="ben-10")
+def test_a_client_of_the_address_opens_its_details(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "clients", run=RUN, client="ben-10")
     assert [title.value for title in page.subheader] == ["ben\\-10"]
     assert page.dataframe[1].value["round"].tolist() == [3, 2, 1]
     page = page.selectbox(key="client").set_value("eve").run()
@@ -303,21 +282,21 @@ def test_a_client_of_the_address_opens_its_details(home: Path, monkeypatch: pyte
     assert "It trains nothing: it only evaluates." in " ".join(text.value for text in page.markdown)
 
 
-def test_a_run_that_has_no_clients_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_no_clients_says_so(tmp_path: Path, open_page: Opener) -> None:
     with RunStore.open(tmp_path) as store:
         _create(store)
-    page = _open(tmp_path, monkeypatch)
+    page = open_page(tmp_path, "clients", run=RUN)
     assert not page.exception
     assert "No client has joined" in page.info[0].value
 
 
-def test_hostile_names_are_shown_letter_for_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_names_are_shown_letter_for_letter(tmp_path: Path, open_page: Opener) -> None:
     with RunStore.open(tmp_path) as store:
         _create(store, ["no", "settings"])
         late = [ClientRound(RUN, 1, name, "late", HOSTILE) for name in (HOSTILE, "\u202eabc\0", "a" * 300, "a" * 299)]
         metrics = [Metric(RUN, 1, HOSTILE, value, HOSTILE) for value in (math.inf,)]
         store.commit_round(Round(RUN, 1, START, "committed", cohort=(HOSTILE,)), late, metrics)
-    page = _open(tmp_path, monkeypatch, client=HOSTILE)
+    page = open_page(tmp_path, "clients", run=RUN, client=HOSTILE)
     assert not page.exception
     assert page.subheader[0].value == plain(HOSTILE, 60) != HOSTILE
     names = page.dataframe[0].value["client"].tolist()

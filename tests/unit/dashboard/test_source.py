@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import streamlit as st
 from sqlalchemy import Connection, select, text
 
 from common.errors import StoreError
@@ -21,12 +20,8 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    monkeypatch.setattr("dashboard.source.FRESH_S", 0)
-    st.cache_data.clear()
-    yield tmp_path / "home"
-    st.cache_data.clear()
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
 
 @pytest.fixture

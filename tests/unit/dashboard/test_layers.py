@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from dashboard.views.layers_likeness import Pair, extremes, mean_of_pairs, order
 from dashboard.views.layers_names import arranged, block_means, group_labels, groups, kind_of, short_names
 from dashboard.views.layers_sentences import about_directions, about_likeness, about_ranks
 from tests.hostile_store import SHAPES, TEXTS, hostile_store
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RUN = "r1"
 NAMES = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
@@ -35,9 +36,7 @@ RANKS = LayerRanks(tuple(CLIENTS), tuple(NAMES), np.array(RANK, dtype=float), np
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    monkeypatch.setenv("LORAFLEET_HOME", str(tmp_path / "home"))
+def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
@@ -307,20 +306,17 @@ def test_empty_tables_have_their_columns() -> None:
     assert list(tables.clients_in_numbers(RANKS, directions)["client"]) == [*CLIENTS, "dot"]
 
 
-def look(**params: str) -> AppTest:
-    """Open the page as a reader does."""
-    app = AppTest.from_file(str(APP), default_timeout=30)
-    app.query_params.update({"page": "layers", **params})
-    app.run()
-    assert not app.exception
-    return app
+@pytest.fixture
+def look(home: Path, open_page: Opener) -> Opener:
+    """Open the page."""
+    return partial(open_page, home, "layers")
 
 
 def texts(app: AppTest) -> str:
     return "\n".join(str(part.value) for kind in ("markdown", "caption", "info") for part in getattr(app, kind))
 
 
-def test_the_page_shows_the_last_round(store: RunStore) -> None:
+def test_the_page_shows_the_last_round(store: RunStore, look: Opener) -> None:
     create(store)
     commit(store, 1)
     commit(store, 2, discarded_energy=0.25)
@@ -338,7 +334,7 @@ def test_the_page_shows_the_last_round(store: RunStore) -> None:
     assert app.metric[1].value == "6.0"
 
 
-def test_the_address_chooses_round_and_map(store: RunStore) -> None:
+def test_the_address_chooses_round_and_map(store: RunStore, look: Opener) -> None:
     create(store)
     commit(store, 1)
     commit(store, 2)
@@ -356,14 +352,14 @@ def test_the_address_chooses_round_and_map(store: RunStore) -> None:
         ("{}", "No round has been merged yet"),
     ],
 )
-def test_without_numbers_it_says_why(store: RunStore, experiment: str, told: str) -> None:
+def test_without_numbers_it_says_why(store: RunStore, experiment: str, told: str, look: Opener) -> None:
     create(store, experiment)
     app = look(run=RUN)
     assert told in texts(app)
     assert not app.get("vega_lite_chart")
 
 
-def test_a_run_of_an_older_version_shows_what_it_has(store: RunStore) -> None:
+def test_a_run_of_an_older_version_shows_what_it_has(store: RunStore, look: Opener) -> None:
     create(store)
     commit(store, 1, statistics=False)
     app = look(run=RUN)
@@ -372,7 +368,7 @@ def test_a_run_of_an_older_version_shows_what_it_has(store: RunStore) -> None:
     assert [metric.value for metric in app.metric] == ["–", "6.5", "0.40", "–"]
 
 
-def test_what_was_left_out_is_told_letter_for_letter(store: RunStore) -> None:
+def test_what_was_left_out_is_told_letter_for_letter(store: RunStore, look: Opener) -> None:
     create(store)
     note = {"left_out": "300 <b>clients</b>"}
     store.commit_round(
@@ -382,7 +378,7 @@ def test_what_was_left_out_is_told_letter_for_letter(store: RunStore) -> None:
     assert "300 \\<b\\>clients\\<\\/b\\>" in texts(look(run=RUN))
 
 
-def test_a_store_that_means_harm_does_none(home: Path) -> None:
+def test_a_store_that_means_harm_does_none(home: Path, look: Opener) -> None:
     hostile_store(home)
     for name in ("1-of-texts", "2-of-numbers", "5-of-broken-statistics", "6-of-distant-rounds"):
         assert "Ranks and layers" in [title.value for title in look(run=f"hostile-{name}").title]

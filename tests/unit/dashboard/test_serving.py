@@ -15,8 +15,8 @@ from common.store import RunStore
 from dashboard import LOGIN_VARIABLE
 from dashboard.pages import PAGE, PATHS, TITLES
 from dashboard.serving import HEADERS, Doorway
+from tests.pages import APP
 
-APP = Path(__file__).parents[2] / "dashboard" / "app.py"
 AUTH = {
     "redirect_uri": "http://localhost:8501/oauth2callback",
     "cookie_secret": "0123456789abcdef0123456789abcdef",

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import streamlit as st
-from streamlit.testing.v1 import AppTest
 
 from common.store import Artefact, Metric, Round, Run, RunStatus, RunStore, write_artefact
 from dashboard.queries import runs as queries
 from dashboard.views import ticks
 from dashboard.views.runs_table import BRIEF, COLUMNS, Found, Wanted, brief_rows, columns, options, run_rows
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard/app.py"
 START = datetime(2026, 11, 1, tzinfo=UTC)
 HUGE = 2**62
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Keep nothing that was asked in another test."""
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture
@@ -240,17 +228,8 @@ def test_ticks_beyond_the_table_are_nobody(state: dict[str, object]) -> None:
 # The page
 
 
-def _open(home: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> AppTest:
-    monkeypatch.setenv("LORAFLEET_HOME", str(home))
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    page = AppTest.from_file(str(APP), default_timeout=30)
-    for key, value in given.items():
-        page.query_params[key] = value
-    return page.run()
-
-
-def test_the_page_lists_runs_newest_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch)
+def test_the_page_lists_runs_newest_first(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "runs")
     assert not page.exception
     assert [(metric.label, metric.value) for metric in page.metric][:3] == [
         ("Runs", "3"),
@@ -263,16 +242,16 @@ def test_the_page_lists_runs_newest_first(home: Path, monkeypatch: pytest.Monkey
     assert [list(losses) for losses in table["losses"]] == [[], [4.0], [3.0, 1.0]]
 
 
-def test_the_address_holds_the_filter(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch, q="name", strategy="flora", state="✓ completed")
+def test_the_address_holds_the_filter(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "runs", q="name", strategy="flora", state="✓ completed")
     assert page.dataframe[0].value["id"].tolist() == ["one"]
     page.text_input(key="q").set_value("nothing is called so").run()
     assert not page.dataframe
     assert any("None of the 3 runs" in caption.value for caption in page.caption)
 
 
-def test_ticked_runs_are_counted_and_compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch)
+def test_ticked_runs_are_counted_and_compared(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "runs")
     page.session_state[ticks.CHOSEN] = ["one", "two", "gone"]
     page.run()
     assert not page.exception

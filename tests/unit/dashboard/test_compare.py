@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import streamlit as st
 from sqlalchemy import Connection
 from streamlit.testing.v1 import AppTest
 
@@ -41,23 +40,13 @@ from dashboard.views.compare_outcomes import Answers, common_level, counting, ou
 from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
 from dashboard.views.compare_verdict import judges, verdict
 from dashboard.words import plain
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard/app.py"
 START = datetime(2026, 11, 1, tzinfo=UTC)
 LOSS = "held_out_loss"
 HOSTILE = "<b>[x](javascript:1)</b> $1$ :red[x]"
 FIRST = {"a0": ("flora", 0, (3.0, 2.0, 1.0)), "a1": ("flora", 1, (3.0, 2.5, 1.2)), "b0": ("fedavg", 0, (3.0, 2.8, 2.0))}
 """Runs by id: strategy, seed and losses of rounds 0, 1 and 2."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Keep nothing that was asked in another test."""
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture
@@ -515,21 +504,12 @@ def test_files_are_what_they_say(home: Path) -> None:
 # The page
 
 
-def _open(home: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> AppTest:
-    monkeypatch.setenv("LORAFLEET_HOME", str(home))
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    page = AppTest.from_file(str(APP), default_timeout=30)
-    for key, value in {"page": "compare", **given}.items():
-        page.query_params[key] = value
-    return page.run()
-
-
 def _texts(page: AppTest) -> str:
     return "\n".join(text.value for text in (*page.markdown, *page.caption))
 
 
-def test_the_page_answers_which_is_better(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch, runs="a0,a1,b0,gone", x="bytes")
+def test_the_page_answers_which_is_better(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "compare", runs="a0,a1,b0,gone", x="bytes")
     assert not page.exception
     assert "**flora** ends with the lowest loss" in _texts(page)
     assert "**Loss on held-out data against bytes per client**" in _texts(page)
@@ -541,26 +521,26 @@ def test_the_page_answers_which_is_better(home: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def test_the_page_proposes_runs_of_one_task(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _open(home, monkeypatch)
+def test_the_page_proposes_runs_of_one_task(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "compare")
     assert not page.exception
     assert "the newest 3 runs of one task" in _texts(page)
     assert "runs" not in page.query_params
 
 
-def test_the_page_explains_what_it_lacks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Choose two runs or more" in _texts(_open(home, monkeypatch, runs=""))
-    assert "takes two configurations" in _texts(_open(home, monkeypatch, runs="a0"))
+def test_the_page_explains_what_it_lacks(home: Path, open_page: Opener) -> None:
+    assert "Choose two runs or more" in _texts(open_page(home, "compare", runs=""))
+    assert "takes two configurations" in _texts(open_page(home, "compare", runs="a0"))
     with RunStore.open(home) as store:
         _create(store, "bare", "flora", 5)
-    page = _open(home, monkeypatch, runs="bare")
+    page = open_page(home, "compare", runs="bare")
     assert not page.exception
     assert "measured anything yet" in _texts(page)
 
 
-def test_the_page_shows_a_comparison_beside_the_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_shows_a_comparison_beside_the_home(home: Path, open_page: Opener) -> None:
     _file(home)
-    page = _open(home, monkeypatch)
+    page = open_page(home, "compare")
     assert not page.exception
     assert "For reference: local 0.6000 ± 0.14." in _texts(page)
     assert "Broken lines are references" in _texts(page)
@@ -570,9 +550,9 @@ def test_the_page_shows_a_comparison_beside_the_home(home: Path, monkeypatch: py
     assert "<b>" not in _texts(page)
 
 
-def test_the_page_goes_on_without_a_broken_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_goes_on_without_a_broken_file(home: Path, open_page: Opener) -> None:
     (home.parent / "comparison.json").write_text("<b>")
-    page = _open(home, monkeypatch, runs="a0,b0")
+    page = open_page(home, "compare", runs="a0,b0")
     assert not page.exception
     assert "is no comparison" in _texts(page)
     assert "**flora** ends with the lowest loss" in _texts(page)

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import streamlit as st
-from streamlit.testing.v1 import AppTest
 
 from common.store import Metric, Round, RunStore
 from dashboard.budget import Policy, answer, odds, pace, positive, rounds_left, unit
 from dashboard.queries import privacy
 from dashboard.views.privacy_without import how_to_ask, protections, risks
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard/app.py"
 START = datetime(2026, 11, 1, tzinfo=UTC)
 RUN = "run-1"
 PRIVATE = {"mode": "sample", "epsilon": 8.0, "delta": 1e-5, "clipping_norm": 0.5, "accountant": "prv"}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Keep nothing that was asked in another test."""
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 def _store(home: Path, rounds: int = 0, clients: int = 4, **sections: Any) -> RunStore:
@@ -153,18 +140,9 @@ def test_what_cannot_be_had_is_not_promised() -> None:
     assert ("cannot train with differential privacy" in how_to_ask()) == ("privacy" not in Experiment.model_fields)
 
 
-def _open(home: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> AppTest:
-    monkeypatch.setenv("LORAFLEET_HOME", str(home))
-    monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-    page = AppTest.from_file(str(APP), default_timeout=30)
-    for key, value in {"page": "privacy", "run": RUN, **given}.items():
-        page.query_params[key] = value
-    return page.run()
-
-
-def test_a_private_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_run(tmp_path: Path, open_page: Opener) -> None:
     _store(tmp_path, 5, privacy=PRIVATE).close()
-    page = _open(tmp_path, monkeypatch, lines="c-2")
+    page = open_page(tmp_path, "privacy", run=RUN, lines="c-2")
     assert not page.exception
     assert page.markdown[0].value.startswith("**ε = 4 of 8 is spent (50%).** At the pace of the last 4 rounds")
     assert {metric.label: metric.value for metric in page.metric} == {
@@ -179,16 +157,16 @@ def test_a_private_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.multiselect(key="lines").value == ["c-2"]
 
 
-def test_a_promise_without_spending_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promise_without_spending_yet(tmp_path: Path, open_page: Opener) -> None:
     _store(tmp_path, privacy=PRIVATE).close()
-    page = _open(tmp_path, monkeypatch)
+    page = open_page(tmp_path, "privacy", run=RUN)
     assert not page.exception
     assert page.markdown[0].value.startswith("No round has recorded a spending yet.")
 
 
-def test_a_run_without_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_privacy(tmp_path: Path, open_page: Opener) -> None:
     _store(tmp_path).close()
-    page = _open(tmp_path, monkeypatch)
+    page = open_page(tmp_path, "privacy", run=RUN)
     assert not page.exception
     assert page.markdown[0].value.startswith("**This run has no differential privacy:**")
     assert not page.metric

@@ -7,14 +7,12 @@ import math
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import streamlit as st
 from safetensors.numpy import save
 from streamlit.testing.v1 import AppTest
 
@@ -35,21 +33,11 @@ from dashboard.views import run_adapter, run_timeline
 from dashboard.views.run_costs import why_no_certificate
 from dashboard.views.run_round import sentence
 from tests.hostile_store import hostile_store
+from tests.pages import Opener
 
-APP = Path(__file__).parents[2] / "dashboard/app.py"
 NOW = datetime.now(UTC)
 RUN, OTHER = "run-1", "run-2"
 SECONDS = {"ada": 2.0, "ben": 9.0, "cyd": 3.0}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Keep nothing that was asked in another test."""
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +115,11 @@ def commit(store: RunStore, run: str, number: int) -> None:
 
 
 @pytest.fixture
-def page(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def page(home: Path, open_page: Opener) -> Any:
     """Open the page of a run, as the address says."""
 
     def opened(place: Path = home, **query: str | list[str]) -> AppTest:
-        monkeypatch.setenv("LORAFLEET_HOME", str(place))
-        monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
-        app = AppTest.from_file(APP, default_timeout=30)
-        for key, value in {"page": "run", "run": RUN, **query}.items():
-            app.query_params[key] = value
-        app.run()
-        assert [error.value for error in app.exception] == []
-        return app
+        return open_page(place, "run", **{"run": RUN, **query})
 
     return opened
 
