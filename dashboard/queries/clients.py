@@ -9,8 +9,8 @@ from sqlalchemy.orm import aliased
 from common.store import Client
 from common.store.models import ClientRoundRow, RoundRow, StatisticRow
 from common.store.reading import read_members
+from dashboard.findings.timelines import LONGEST_S, Spans, client_spans
 from dashboard.queries.tables import table_of
-from dashboard.timelines import LONGEST_S, Spans, client_spans
 
 FATES = ("accepted", "rejected", "failed", "late", "offline")
 """What becomes of a client in a round; of all but the last it was asked."""

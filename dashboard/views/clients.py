@@ -7,11 +7,11 @@ import streamlit as st
 
 from common.store import Run
 from common.wording import counted
+from dashboard.findings.roster import RECENT, Roster, roster
+from dashboard.findings.slowness import slowest, took
 from dashboard.pieces import chosen_or_stop, explain, live, table
 from dashboard.queries import refusals
-from dashboard.roster import RECENT, Roster, roster
 from dashboard.session import source
-from dashboard.slowness import slowest, took
 from dashboard.source import Look
 from dashboard.views.clients_charts import over_rounds, participation, time_spent
 from dashboard.views.clients_details import details

@@ -9,13 +9,13 @@ import streamlit as st
 
 from common.store import Run
 from dashboard.charts import ROUND, Axis, Spec, cells, gantt, lines, mapped, ranking
+from dashboard.findings.roster import RECENT, TIMELINES, Roster, worst_first
+from dashboard.findings.timelines import WORK
 from dashboard.metric_words import KNOWN, MetricWords, metric_titles, metric_words
 from dashboard.palette import PHASES, STATUS
 from dashboard.pieces import draw, explain
 from dashboard.queries import client_metrics, clients
-from dashboard.roster import RECENT, TIMELINES, Roster, worst_first
 from dashboard.source import Look
-from dashboard.timelines import WORK
 from dashboard.words import visible
 
 FEW = 30

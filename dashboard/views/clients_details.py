@@ -10,13 +10,13 @@ import streamlit as st
 from common.store import Run
 from common.wording import number, size
 from dashboard.charts import ROUND, Axis, lines
+from dashboard.findings.roster import Roster
+from dashboard.findings.slowness import parts, took
+from dashboard.findings.timelines import LONGEST_S
 from dashboard.metric_words import metric_words
 from dashboard.pieces import draw, explain, table
 from dashboard.queries import clients
-from dashboard.roster import Roster
-from dashboard.slowness import parts, took
 from dashboard.source import Look
-from dashboard.timelines import LONGEST_S
 from dashboard.views.clients_charts import DOTS, curves
 from dashboard.views.clients_tables import ROUND_COLUMNS, left_out_words, round_table
 from dashboard.words import plain

@@ -11,11 +11,11 @@ import streamlit as st
 
 from common.store import Run
 from common.wording import counted
+from dashboard.findings.refusing import cause
+from dashboard.findings.roster import Roster
+from dashboard.findings.timelines import LONGEST_S
 from dashboard.queries.clients import FATES
-from dashboard.refusing import cause
-from dashboard.roster import Roster
 from dashboard.settings import setting
-from dashboard.timelines import LONGEST_S
 from dashboard.words import listed, visible
 
 MEMBER_COLUMNS: dict[str, Any] = {

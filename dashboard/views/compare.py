@@ -8,16 +8,16 @@ import streamlit as st
 
 from common.errors import DataError
 from common.store import Run
+from dashboard.findings.compare_file import ComparisonFile, comparison_beside
+from dashboard.findings.compare_groups import grouped
+from dashboard.findings.compare_lines import Choice, Compared, lines_of_file, lines_of_groups
 from dashboard.metric_words import metric_titles
 from dashboard.pieces import explain, live
 from dashboard.queries import comparing
 from dashboard.session import all_runs, source, state_of
 from dashboard.views.compare_body import body, configuration
 from dashboard.views.compare_choice import RUNS, runs_by_hand
-from dashboard.views.compare_file import ComparisonFile, comparison_beside
 from dashboard.views.compare_files import offer
-from dashboard.views.compare_groups import grouped
-from dashboard.views.compare_lines import Choice, Compared, lines_of_file, lines_of_groups
 from dashboard.words import plain
 
 BY_HAND, OF_FILE = "Runs I choose", "comparison.json"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import streamlit as st
 
 from common.wording import counted
+from dashboard.findings.compare_file import ComparisonFile
+from dashboard.findings.compare_groups import differing, untold
+from dashboard.findings.compare_lines import Choice, Compared
+from dashboard.findings.compare_verdict import judges, verdict
 from dashboard.pieces import command, draw, explain
 from dashboard.session import source
-from dashboard.views.compare_file import ComparisonFile
 from dashboard.views.compare_findings import MOST_LINES, Findings, find
-from dashboard.views.compare_groups import differing, untold
-from dashboard.views.compare_lines import Choice, Compared
 from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
-from dashboard.views.compare_verdict import judges, verdict
 from dashboard.words import code, listed, plain, visible
 
 HEIGHT = 360

@@ -7,10 +7,10 @@ from functools import partial
 import streamlit as st
 
 from dashboard.exporting import csv_of, png_of
+from dashboard.findings.compare_lines import Choice, Compared
 from dashboard.session import source
 from dashboard.source import Source
 from dashboard.views.compare_findings import BAND, find
-from dashboard.views.compare_lines import Choice, Compared
 
 UNITS = {"round": "", "bytes": "megabytes_per_client", "seconds": "seconds", "epsilon": "epsilon"}
 """What curves are drawn over, as a file calls it."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dashboard.charts import Axis, Spec, lines
+from dashboard.findings.compare_lines import Choice, Compared, clients_of, points, renewed
+from dashboard.findings.compare_outcomes import Answers, common_level, counting, outcomes
+from dashboard.findings.compare_verdict import judges
 from dashboard.metric_words import KNOWN, metric_words
 from dashboard.queries import comparing
 from dashboard.queries.runs import runs as every_run
 from dashboard.source import Look, Source
-from dashboard.views.compare_lines import Choice, Compared, clients_of, points, renewed
-from dashboard.views.compare_outcomes import Answers, common_level, counting, outcomes
-from dashboard.views.compare_verdict import judges
 
 MOST_LINES = 12
 """Lines that a chart has colours for."""
@@ -44,9 +44,9 @@ class Findings:
     level : float or None
         The lowest that all runs got to.
     table : DataFrame
-        Of :func:`dashboard.views.compare_outcomes.outcomes`.
+        Of :func:`dashboard.findings.compare_outcomes.outcomes`.
     curves : DataFrame
-        Of :func:`dashboard.views.compare_lines.points`.
+        Of :func:`dashboard.findings.compare_lines.points`.
     labels : tuple of str
         Lines that are drawn.
     title : str

@@ -8,10 +8,10 @@ import pandas as pd
 import streamlit as st
 from streamlit.elements.lib.column_types import ColumnConfig
 
+from dashboard.findings.compare_lines import Line
+from dashboard.findings.compare_verdict import judges
 from dashboard.metric_words import metric_words
 from dashboard.settings import ABSENT
-from dashboard.views.compare_lines import Line
-from dashboard.views.compare_verdict import judges
 from dashboard.words import visible
 
 MARK = "★"
@@ -19,7 +19,7 @@ LONGEST_PATHS = 300
 
 
 def outcome_table(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return what is shown of :func:`dashboard.views.compare_outcomes.outcomes`, with the lowest marked."""
+    """Return what is shown of :func:`dashboard.findings.compare_outcomes.outcomes`, with the lowest marked."""
     ranked = table["last"].where(~table["reference"])
     shown = table.assign(
         mark=[MARK if best else "" for best in ranked == ranked.min()],

@@ -6,17 +6,10 @@ import numpy as np
 import streamlit as st
 
 from common.store import Run
-from dashboard.pieces import chosen_or_stop, live, table
-from dashboard.queries import layers as asked
-from dashboard.session import source, state_of
-from dashboard.settings import setting
-from dashboard.source import Look
-from dashboard.views import layers_charts as charts
-from dashboard.views import layers_tables as tables
-from dashboard.views.layers_charts import MAPS, Moment
-from dashboard.views.layers_likeness import mean_of_pairs
-from dashboard.views.layers_names import kind_of
-from dashboard.views.layers_sentences import (
+from dashboard.findings import layers_tables as tables
+from dashboard.findings.layers_likeness import mean_of_pairs
+from dashboard.findings.layers_names import kind_of
+from dashboard.findings.layers_sentences import (
     about_directions,
     about_likeness,
     about_ranks,
@@ -26,6 +19,13 @@ from dashboard.views.layers_sentences import (
     share_used,
     signed,
 )
+from dashboard.pieces import chosen_or_stop, live, table
+from dashboard.queries import layers as asked
+from dashboard.session import source, state_of
+from dashboard.settings import setting
+from dashboard.source import Look
+from dashboard.views import layers_charts as charts
+from dashboard.views.layers_charts import MAPS, Moment
 from dashboard.words import code
 
 LAST = "the last"

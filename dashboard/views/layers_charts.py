@@ -8,12 +8,12 @@ import pandas as pd
 
 from common.store import Run
 from dashboard.charts import NAME, ROUND, Axis, bars, heat, lines, ranking
+from dashboard.findings import layers_tables as tables
+from dashboard.findings.layers_names import kind_of
 from dashboard.pieces import draw, explain
 from dashboard.queries import layers as asked
 from dashboard.queries.layers import LayerRanks, Likeness
 from dashboard.source import Look
-from dashboard.views import layers_tables as tables
-from dashboard.views.layers_names import kind_of
 from dashboard.words import code, plain
 
 MAPS = {"share used": "share", "effective rank": "used", "trained rank": "trained"}

@@ -8,11 +8,11 @@ import pandas as pd
 import streamlit as st
 
 from common.store import Run
-from dashboard.budget import Policy, answer, odds, pace, rounds_left, unit
 from dashboard.charts import ROUND, Axis, level, lines, over
+from dashboard.findings.budget import Policy, answer, odds, pace, rounds_left, unit
+from dashboard.findings.roster import natural
 from dashboard.pieces import chosen_or_stop, draw, explain, live, table
 from dashboard.queries import client_metrics, privacy
-from dashboard.roster import natural
 from dashboard.session import source
 from dashboard.source import Look
 from dashboard.views.privacy_without import without_privacy

@@ -7,8 +7,8 @@ import streamlit as st
 
 from common.store import Run
 from dashboard.commands import typed
+from dashboard.findings.reproduce import recipe
 from dashboard.pieces import command, explain, table
-from dashboard.reproduce import recipe
 from dashboard.session import source
 from dashboard.settings import differences, flat
 from dashboard.views.run_choices import other_runs

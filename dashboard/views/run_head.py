@@ -12,10 +12,10 @@ import streamlit as st
 
 from common.store import Run, RunStatus, last_sign
 from common.wording import counted, duration, size
-from dashboard.alarms import Alarm, Facts, Missing, alarms
 from dashboard.commands import typed
+from dashboard.findings.alarms import Alarm, Facts, Missing, alarms
+from dashboard.findings.pace import STATES, ago, phase, replies_needed, rough, time_left
 from dashboard.metric_words import metric_words
-from dashboard.pace import STATES, ago, phase, replies_needed, rough, time_left
 from dashboard.queries.standing import Clients, Standing
 from dashboard.session import source
 from dashboard.settings import amount

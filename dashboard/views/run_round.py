@@ -9,10 +9,10 @@ import streamlit as st
 
 from common.store import ClientRound, Round, Run
 from common.wording import counted, duration, size
+from dashboard.findings.refusing import cause
 from dashboard.pieces import explain, table
 from dashboard.queries.rounds import clients_of, ended_rounds, statistic
 from dashboard.queries.rounds import one_round as round_row
-from dashboard.refusing import cause
 from dashboard.session import source
 from dashboard.views.run_timeline import timeline
 from dashboard.words import labels, plain, visible

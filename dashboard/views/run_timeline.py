@@ -11,10 +11,10 @@ import streamlit as st
 
 from common.store import ClientRound
 from dashboard.charts import Axis, gantt, mapped
+from dashboard.findings.refusing import cause
+from dashboard.findings.timelines import Spans, client_spans
 from dashboard.palette import PHASES
 from dashboard.pieces import draw, explain
-from dashboard.refusing import cause
-from dashboard.timelines import Spans, client_spans
 from dashboard.words import labels, visible
 
 SHOWN = 24

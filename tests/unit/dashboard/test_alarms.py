@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dashboard.alarms import Facts, Missing, alarms
+from dashboard.findings.alarms import Facts, Missing, alarms
 
 RESUME = ("resume", "run-1")
 EXPORT = ("export", "run-1", "--best", "--format", "peft", "--out", "adapter")

@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import Connection
 
 from common.store import Client, ClientRound, ClientStatus, Event, Metric, Round, RunStore, Statistic
+from dashboard.findings.refusing import cause
+from dashboard.findings.roster import natural, worst_first
+from dashboard.findings.slowness import Pace, parts, slowest
+from dashboard.findings.timelines import client_spans, typical
 from dashboard.metric_words import metric_titles, metric_words
 from dashboard.queries import client_metrics, clients, refusals
-from dashboard.refusing import cause
-from dashboard.roster import natural, worst_first
-from dashboard.slowness import Pace, parts, slowest
-from dashboard.timelines import client_spans, typical
 from dashboard.views.clients_charts import extremes
 from dashboard.views.clients_tables import left_out_words, reason_table
 from dashboard.words import labels, plain

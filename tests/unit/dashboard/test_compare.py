@@ -19,14 +19,9 @@ from streamlit.testing.v1 import AppTest
 
 from common.errors import DataError
 from common.store import Client, ClientRound, Metric, Round, Run, RunStatus, RunStore
-from dashboard.queries import comparing
-from dashboard.source import Source
-from dashboard.views.compare_file import LARGEST, comparison_beside
-from dashboard.views.compare_files import _chart, _curves
-from dashboard.views.compare_files import _table as _as_csv
-from dashboard.views.compare_findings import find
-from dashboard.views.compare_groups import differing, distinct, grouped, untold
-from dashboard.views.compare_lines import (
+from dashboard.findings.compare_file import LARGEST, comparison_beside
+from dashboard.findings.compare_groups import differing, distinct, grouped, untold
+from dashboard.findings.compare_lines import (
     Choice,
     Compared,
     Line,
@@ -36,9 +31,14 @@ from dashboard.views.compare_lines import (
     points,
     renewed,
 )
-from dashboard.views.compare_outcomes import Answers, common_level, counting, outcomes
+from dashboard.findings.compare_outcomes import Answers, common_level, counting, outcomes
+from dashboard.findings.compare_verdict import judges, verdict
+from dashboard.queries import comparing
+from dashboard.source import Source
+from dashboard.views.compare_files import _chart, _curves
+from dashboard.views.compare_files import _table as _as_csv
+from dashboard.views.compare_findings import find
 from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
-from dashboard.views.compare_verdict import judges, verdict
 from dashboard.words import plain
 from tests.pages import Opener
 

@@ -15,12 +15,12 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from common.store import Metric, Round, RunStore, Statistic
+from dashboard.findings import layers_tables as tables
+from dashboard.findings.layers_likeness import Pair, extremes, mean_of_pairs, order
+from dashboard.findings.layers_names import arranged, block_means, group_labels, groups, kind_of, short_names
+from dashboard.findings.layers_sentences import about_directions, about_likeness, about_ranks
 from dashboard.queries import layers
 from dashboard.queries.layers import UNREADABLE, LayerRanks, Likeness
-from dashboard.views import layers_tables as tables
-from dashboard.views.layers_likeness import Pair, extremes, mean_of_pairs, order
-from dashboard.views.layers_names import arranged, block_means, group_labels, groups, kind_of, short_names
-from dashboard.views.layers_sentences import about_directions, about_likeness, about_ranks
 from tests.hostile_store import SHAPES, TEXTS, hostile_store
 from tests.pages import Opener
 

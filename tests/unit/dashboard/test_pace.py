@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dashboard.pace import ago, phase, replies_needed, rough, time_left
+from dashboard.findings.pace import ago, phase, replies_needed, rough, time_left
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.store import Metric, Round, RunStore
-from dashboard.budget import Policy, answer, odds, pace, positive, rounds_left, unit
+from dashboard.findings.budget import Policy, answer, odds, pace, positive, rounds_left, unit
 from dashboard.queries import privacy
 from dashboard.views.privacy_without import how_to_ask, protections, risks
 from tests.pages import Opener

@@ -11,7 +11,7 @@ import pytest
 from common.experiment import Experiment
 from common.experiment_file import load_experiment, preset_names
 from dashboard.commands import typed
-from dashboard.reproduce import Recipe, recipe
+from dashboard.findings.reproduce import Recipe, recipe
 from tests.tiny import tiny
 
 CHANGED = {

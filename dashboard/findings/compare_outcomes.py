@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from common.store import Run
-from dashboard.views.compare_lines import Line
+from dashboard.findings.compare_lines import Line
 
 MEASURES = ("last", "best", "reached", "up", "down", "seconds", "epsilon", "error", "left_out")
 """Columns of the table; each is a mean over runs and has its standard deviation beside it as ``…_sd``."""

@@ -11,9 +11,9 @@ import pandas as pd
 from sqlalchemy import Connection
 
 from common.store import Client
+from dashboard.findings.slowness import Pace
+from dashboard.findings.timelines import typical
 from dashboard.queries import client_metrics, clients
-from dashboard.slowness import Pace
-from dashboard.timelines import typical
 from dashboard.words import labels
 
 RECENT = 100

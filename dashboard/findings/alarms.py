@@ -15,8 +15,8 @@ from statistics import median
 from typing import Literal
 
 from common.wording import counted, duration
-from dashboard.pace import ago
-from dashboard.refusing import cause
+from dashboard.findings.pace import ago
+from dashboard.findings.refusing import cause
 
 Severity = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")

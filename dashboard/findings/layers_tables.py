@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from dashboard.queries.layers import LayerRanks, Likeness, Numbers
-from dashboard.views.layers_likeness import order
-from dashboard.views.layers_names import (
+from dashboard.findings.layers_likeness import order
+from dashboard.findings.layers_names import (
     arranged,
     block_means,
     group_labels,
@@ -19,7 +18,8 @@ from dashboard.views.layers_names import (
     short_names,
     shown,
 )
-from dashboard.views.layers_sentences import known_mean, share_used
+from dashboard.findings.layers_sentences import known_mean, share_used
+from dashboard.queries.layers import LayerRanks, Likeness, Numbers
 
 MOST_ROWS, MOST_COLUMNS = 50, 50
 MOST_LINES = 6

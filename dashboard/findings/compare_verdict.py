@@ -19,7 +19,7 @@ def verdict(table: pd.DataFrame, metric: str, tasks: int, more_seeds: str) -> st
     Parameters
     ----------
     table : DataFrame
-        Of :func:`dashboard.views.compare_outcomes.outcomes`.
+        Of :func:`dashboard.findings.compare_outcomes.outcomes`.
     metric : str
         What ``last`` holds: less of it is better.
     tasks : int

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from common.store import Run
+from dashboard.findings.compare_file import ComparisonFile, Outcome
+from dashboard.findings.compare_groups import Group, Settings, distinct, settings_of
 from dashboard.queries.comparing import POINTS
 from dashboard.queries.runs import thinned
 from dashboard.settings import setting
-from dashboard.views.compare_file import ComparisonFile, Outcome
-from dashboard.views.compare_groups import Group, Settings, distinct, settings_of
 
 SPENT = {"round": "round", "bytes": "nbytes", "seconds": "seconds", "epsilon": "epsilon"}
 """What a curve may be drawn over, and the column that holds it."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from dashboard.findings.layers_likeness import extremes, mean_of_pairs
+from dashboard.findings.layers_names import short_names
 from dashboard.queries.layers import LayerRanks, Likeness, Numbers
-from dashboard.views.layers_likeness import extremes, mean_of_pairs
-from dashboard.views.layers_names import short_names
 from dashboard.words import plain
 
 ROOM = 0.5
