@@ -23,12 +23,13 @@ VIEWS = {
     "layers": layers.page,
     "compare": compare.page,
 }
-ICON = Path(__file__).with_name("static") / "icon.svg"
+STATIC = Path(__file__).with_name("static")
 
 
 def frame() -> None:
     """Show the page the address names."""
-    st.set_page_config("LoRAFleet", str(ICON), layout="wide")
+    st.set_page_config("LoRAFleet", str(STATIC / "icon.svg"), layout="wide")
+    st.html(STATIC / "style.css")
     if not signed_in():
         return
     shown = {
@@ -71,13 +72,16 @@ def choose(known: list[Run]) -> None:
 def without_runs() -> None:
     """Say what to type where the store is empty."""
     st.title("No runs yet")
-    st.markdown("This store is ready and empty. Begin a run in a terminal, and it appears here as it goes on:")
+    st.markdown("There is nothing to see yet. Begin a run in a terminal, and it appears here as it goes on:")
     command("lorafleet simulate quickstart")
     wait_for_change()
 
 
 def without_store(error: StoreError) -> None:
     """Say why there is nothing to show, and look again."""
+    if source().is_new:
+        without_runs()
+        return
     st.title("The store does not answer")
     st.error(plain(error, 1_000))
     st.markdown(f"Looked for in {code(str(source().home))}. Another folder: {code('lorafleet dashboard --home DIR')}")

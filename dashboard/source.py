@@ -21,6 +21,8 @@ from sqlalchemy import Connection
 
 from common.errors import StoreError
 from common.store import RunStore
+from common.store.artefacts import RUNS
+from common.store.engine import DATABASE_FILE
 from common.store.run_store import utc_now
 from dashboard.queries.moments import last_change
 
@@ -84,6 +86,11 @@ class Source:
             latest, before = self._known.get(run, (token, token))
             self._known[run] = (token, before if token == latest else latest)
             self._looked[run] = monotonic()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run was ever begun in this home, so that there is no store to answer."""
+        return not (self._url or (self.home / RUNS).exists() or (self.home / DATABASE_FILE).exists())
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -16,7 +16,7 @@ LONGEST = 300
 NO_KEY = "__proto__"
 """The one name that Vega cannot hold: no key of a plain object in JavaScript."""
 JOINER = "\N{WORD JOINER}"
-_REWRITTEN = re.compile(r"(?<=:)(?=[/\w])|(?<=@)(?=\S)|(?<=[Ww]{3})(?=\.)|(?<=[-<>=~])(?=[-<>=~])")
+_REWRITTEN = re.compile(r"(?<=:)(?=[/\w])|(?<=@)(?=\S)|(?<=[Ww]{3})(?=\.)|(?<=[-<>=~])(?!-\w)(?=[-<>=~])")
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 

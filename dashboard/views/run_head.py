@@ -92,7 +92,7 @@ def facts_of(seen: Seen) -> Facts:
         written_status=run.status,
         reason=run.reason or "",
         done=run.rounds_done,
-        planned=run.rounds_planned,
+        planned=max(0, run.rounds_planned),
         silence=_seconds(seen.at, run.updated_at) if begun else 0.0,
         since_sign=_seconds(seen.at, last_sign(run)),
         usual=median(standing.recent) if standing.recent else 0.0,

@@ -92,7 +92,6 @@ def _choose(run: Run, look: Look, known: dict[str, bool]) -> Choice:
         bind="query-params",
         max_selections=MOST_CLIENTS,
         placeholder="None" if clients else "Not measured for single clients",
-        disabled=not clients,
     )
     runs = other_runs(run)
     over = third.multiselect(
@@ -102,7 +101,6 @@ def _choose(run: Run, look: Look, known: dict[str, bool]) -> Choice:
         bind="query-params",
         max_selections=MOST_RUNS,
         placeholder="None" if runs else "There is no other run",
-        disabled=not runs,
     )
     return Choice(name, {label: clients[label] for label in picked}, {label: runs[label] for label in over})
 

@@ -110,7 +110,7 @@ def compare(page: Page) -> None:
     """Tick both runs, follow the link, and keep what is shown as files."""
     go(page, "Runs")
     settle(page)
-    table = main(page).get_by_test_id("stDataFrame").locator("canvas").first
+    table = main(page).get_by_test_id("stDataFrame").first
     for row in (0, 1):
         table.click(position={"x": 16, "y": 35 * (row + 1) + 17})
         expect(main(page)).to_contain_text(f"{row + 1} of 2 runs chosen")
