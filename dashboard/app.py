@@ -74,7 +74,7 @@ def without_runs() -> None:
     st.title("No runs yet")
     st.markdown("There is nothing to see yet. Begin a run in a terminal, and it appears here as it goes on:")
     command("lorafleet simulate quickstart")
-    wait_for_change()
+    wait_for_change(standing())
 
 
 def without_store(error: StoreError) -> None:
@@ -85,17 +85,21 @@ def without_store(error: StoreError) -> None:
     st.title("The store does not answer")
     st.error(plain(error, 1_000))
     st.markdown(f"Looked for in {code(str(source().home))}. Another folder: {code('lorafleet dashboard --home DIR')}")
-    wait_for_change()
+    wait_for_change(standing())
+
+
+def standing() -> str:
+    """Return why there is no page to show: the store's words, or that it has no runs; empty where there is one."""
+    try:
+        return "" if all_runs() else "no runs"
+    except StoreError as error:
+        return str(error)
 
 
 @st.fragment(run_every=REFRESH_S)
-def wait_for_change() -> None:
-    """Show everything again once there is a run, or once the store answers."""
-    try:
-        found = bool(all_runs()) and not source().trouble
-    except StoreError:
-        found = False
-    if found:
+def wait_for_change(shown: str) -> None:
+    """Show everything again once something else is to be said."""
+    if standing() != shown:
         st.rerun()
     st.caption("Looking again every two seconds.")
 

@@ -16,6 +16,11 @@ from dashboard.session import REFRESH_S, chosen_run, source
 from dashboard.words import code, plain
 
 HEIGHT = 280
+CLOSE = {
+    "legend": {"offset": 10, "padding": 0, "rowPadding": 3},
+    "padding": {"left": 2, "right": 10, "top": 4, "bottom": 2},
+}
+"""Little air around legends, which share a chart's height."""
 CANVAS = {"embedOptions": {"renderer": "canvas"}}
 """Painted, not built of elements: several times quicker for long lines and large maps."""
 
@@ -51,7 +56,7 @@ def draw(title: str, table: pd.DataFrame, spec: Spec, why_empty: str, *, key: st
     if table.empty:
         explain(why_empty)
     else:
-        drawn = {**spec, "height": height, "usermeta": CANVAS}
+        drawn = {**spec, "height": height, "config": CLOSE, "usermeta": CANVAS}
         st.vega_lite_chart(table, drawn, width="stretch", key=key, alt=title)
 
 

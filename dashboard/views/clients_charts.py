@@ -178,7 +178,7 @@ def extremes(latest: pd.DataFrame, more_is_better: bool, worst: int = WORST) -> 
 
 def _height(rows: int) -> int:
     """Return how high a chart of rows is, with its axis and legend: pixels."""
-    return 140 + rows * (18 if rows <= RANKED else 13 if rows <= FEW else 7)
+    return 150 + rows * (21 if rows <= RANKED else 13 if rows <= FEW else 7)
 
 
 def _text(reason: object) -> str:

@@ -185,4 +185,4 @@ def _thinning(clients: int, layers: int) -> None:
 def _height(rows: pd.DataFrame, column: str) -> int:
     """Return the height of a chart with a row per value of a column."""
     count = rows[column].nunique() if len(rows) else 1
-    return min(300, 80 + 18 * count)
+    return min(330, 85 + 21 * count)

@@ -23,7 +23,7 @@ from tests.browser import ROOT, Visit, dashboard, settle
 pytestmark = [pytest.mark.e2e, pytest.mark.needs("chromium")]
 
 WATCHING = Path(__file__).with_name("watching.js").read_text(encoding="utf-8")
-SLOW = ("federation.rounds=9", "simulation.stragglers=0.99", "simulation.straggler_delay_s=0.7")
+SLOW = ("federation.rounds=8", "simulation.stragglers=0.99", "simulation.straggler_delay_s=0.8")
 """Rounds of about a second that need no computing."""
 QUICK = ("federation.rounds=3", "strategy.name=fedavg", *(f"clients.client-{number}.rank=4" for number in range(1, 5)))
 
@@ -61,7 +61,7 @@ def test_a_run_is_watched_as_it_goes_on_then_compared_and_taken_home(
                 go(page, "Run")
                 watch(page)
             remembered(visit(base_url=served.url).page, page.url)
-        expect(number(page, "Rounds done")).to_have_text("9 of 9")
+        expect(number(page, "Rounds done")).to_have_text("8 of 8")
         expect(number(page, "State")).to_have_text("Completed")
         take_the_adapter(page, home)
         compare(page)
@@ -71,14 +71,14 @@ def test_a_run_is_watched_as_it_goes_on_then_compared_and_taken_home(
 
 def watch(page: Page) -> None:
     """Choose something, scroll, and see rounds come: nothing else may move."""
-    expect(number(page, "Rounds done")).to_have_text(re.compile("^[2-9] of 9"))
+    expect(number(page, "Rounds done")).to_have_text(re.compile("^[2-9] of 8"))
     # First scrolled: a list that is open closes when the page moves.
     main(page).evaluate("main => main.scrollTo(0, 400)")
     settle(page)
     choose(page, "Measure", "loss in training")
     settle(page)
     page.evaluate(WATCHING)
-    page.wait_for_function("watched.rounds.length > 3")
+    page.wait_for_function("watched.rounds.length > 2")
     seen: dict[str, Any] = page.evaluate("watched")
     assert seen["rounds"] == sorted(seen["rounds"]), seen
     assert seen["top"] == [400], seen
@@ -102,7 +102,7 @@ def take_the_adapter(page: Page, home: Path) -> None:
     with page.expect_download() as started:
         page.get_by_role("button", name="Download (").first.click()
     with RunStore.open(home, read_only=True) as store:
-        run = next(run for run in store.runs() if run.rounds_planned == 9)
+        run = next(run for run in store.runs() if run.rounds_planned == 8)
     assert hashlib.sha256(started.value.path().read_bytes()).hexdigest() == run.adapter_sha256
 
 
@@ -121,8 +121,8 @@ def compare(page: Page) -> None:
     assert len(rows) == 2, rows
     curves = list(csv.DictReader(io.StringIO(download(page, "Curves (CSV)").decode())))
     assert [sum(row["line"] == line for row in curves) for line in sorted({row["line"] for row in curves})] in (
-        [4, 10],
-        [10, 4],
+        [4, 9],
+        [9, 4],
     )
     picture = download(page, "Chart (PNG)")
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")

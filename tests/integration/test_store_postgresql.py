@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from common.store.models import Base
 from common.store.packing import pack_run
 from common.store.unpacking import add_run
 from common.store.upgrade import upgrade
+from tests.postgresql import Cluster
 from tests.small_run import RUN, everything, files, make_run
 
 URL_VARIABLE = "LORAFLEET_TEST_POSTGRESQL_URL"
@@ -41,38 +41,13 @@ def server() -> Iterator[str]:
     if given := os.environ.get(URL_VARIABLE):
         yield given
         return
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
-        pytest.skip("postgresql is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        control = Cluster(programs[-1].parent, Path(folder))
-        control.start()
+        cluster = Cluster(Path(folder))
+        cluster.start()
         try:
-            yield f"postgresql://lorafleet@/postgres?host={folder}"
+            yield cluster.url
         finally:
-            control.stop()
-
-
-class Cluster:
-    """A server on a socket in a folder of its own, run by nobody where the tests are run by root."""
-
-    def __init__(self, programs: Path, folder: Path) -> None:
-        self.programs, self.folder = programs, folder
-        self.user = "nobody" if os.getuid() == 0 else None
-
-    def start(self) -> None:
-        if self.user is not None:
-            os.chown(self.folder, 65534, 65534)
-        self.call("initdb", "--no-sync", "--auth=trust", "--username=lorafleet", "--encoding=UTF8", "--locale=C")
-        options = f"-k {self.folder} -c listen_addresses='' -c fsync=off"
-        self.call("pg_ctl", "--wait", f"--log={self.folder}/log", "-o", options, "start")
-
-    def stop(self) -> None:
-        self.call("pg_ctl", "--wait", "--mode=immediate", "stop")
-
-    def call(self, program: str, *given: str) -> None:
-        command = [str(self.programs / program), f"--pgdata={self.folder / 'data'}", *given]
-        subprocess.run(command, user=self.user, cwd="/", stdout=subprocess.DEVNULL, check=True, timeout=120)
+            cluster.stop()
 
 
 @pytest.fixture
