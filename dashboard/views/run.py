@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 
 import streamlit as st
 
@@ -20,6 +21,8 @@ from dashboard.views.run_metrics import metrics
 from dashboard.views.run_round import one_round
 from dashboard.words import plain
 
+REDRAW_S = 6.0
+"""Seconds at least between two drawings of what is below the head, while a run goes on."""
 PARTS = (metrics, one_round, costs, certificate, feed, samples, configuration)
 
 
@@ -31,11 +34,11 @@ def page() -> None:
         f"{plain(run.strategy, 60)} on {plain(run.task, 60)} · seed {run.seed} · "
         f"began {run.created_at:%d %b %Y, %H:%M} UTC · {plain(run.id, 100)}"
     )
-    drawn = seen(run).mark
+    drawn, drawn_at = seen(run), monotonic()
 
     def body() -> None:
         now = seen(run)
-        if now.mark != drawn:
+        if now.mark != drawn.mark and (now.status != drawn.status or monotonic() - drawn_at >= REDRAW_S):
             st.rerun()  # whatever is below has changed as well; it is not looked at before
         head(now)
 

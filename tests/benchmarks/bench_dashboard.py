@@ -39,7 +39,7 @@ REPEATS = 4
 QUIET_S = 0.4
 """How long a page must have been still to count as drawn; the time itself is that of its last movement."""
 VIEWERS = 20
-LIVE = ("federation.rounds=12", "training.steps=400", "simulation.workers=1")
+LIVE = ("federation.rounds=6", "training.steps=1200", "simulation.workers=1")
 """Rounds of some seconds, which keep one core busy."""
 
 BEGUN = """title => {
