@@ -325,8 +325,11 @@ def dashboard(
 ) -> None:
     """Show runs on pages in the browser, live ones too."""
     from common.home import default_home
+    from dashboard.commands import PROGRAM_VARIABLE
     from dashboard.launch import serve
+    from simulations.terminal.tables import program
 
+    os.environ[PROGRAM_VARIABLE] = program()
     serve(home or default_home(), database_url, port, address, browser)
 
 

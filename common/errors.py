@@ -8,7 +8,8 @@
     │   ├── UnknownNameError             a plug-in, preset, run or client that is not there
     │   ├── DataError                    a file or data set that cannot be used
     │   └── StoreError                   home, database or artefact cannot be used
-    │       └── CorruptArtefact          a stored file is not what was committed
+    │       ├── CorruptArtefact          a stored file is not what was committed
+    │       └── OutdatedStore            the database is of an older version
     ├── ClientError             reply    one client's answer is left out of the round
     │   ├── TrainingError                local training gave nothing usable
     │   └── RejectedUpdate               the server's screening refused the answer
@@ -62,6 +63,10 @@ class StoreError(UserError):
 
 class CorruptArtefact(StoreError):
     """A stored file differs from the hash it was committed with."""
+
+
+class OutdatedStore(StoreError):
+    """The database is of an older version than this code; `lorafleet database upgrade` brings it here."""
 
 
 class ClientError(LoRAFleetError):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from common.errors import StoreError
+from common.errors import OutdatedStore, StoreError
 from common.store import Run
+from dashboard.commands import typed
 from dashboard.login import signed_in
 from dashboard.pages import TITLES, link, pass_the_door, register
 from dashboard.pieces import command
@@ -73,7 +74,7 @@ def without_runs() -> None:
     """Say what to type where the store is empty."""
     st.title("No runs yet")
     st.markdown("There is nothing to see yet. Begin a run in a terminal, and it appears here as it goes on:")
-    command("lorafleet simulate quickstart")
+    command(typed(source().home, "simulate", "quickstart"))
     wait_for_change(standing())
 
 
@@ -82,9 +83,14 @@ def without_store(error: StoreError) -> None:
     if source().is_new:
         without_runs()
         return
-    st.title("The store does not answer")
-    st.error(plain(error, 1_000))
-    st.markdown(f"Looked for in {code(str(source().home))}. Another folder: {code('lorafleet dashboard --home DIR')}")
+    if isinstance(error, OutdatedStore):
+        st.title("The store is of an older version")
+        st.markdown("Its runs are there. Bring it to this version; a copy of the old one is kept:")
+        command(typed(source().home, "database", "upgrade"))
+    else:
+        st.title("The store cannot be read")
+        st.error(plain(error, 1_000))
+        st.markdown(f"Looked for in {code(str(source().home))}.")
     wait_for_change(standing())
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from common.errors import StoreError
+from common.errors import OutdatedStore, StoreError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -48,7 +48,7 @@ def open_for_reading(engine: Engine, place: str) -> None:
     if found is None:
         raise StoreError(f"{place} holds no runs yet; simulate an experiment first")
     if is_old(found, place):
-        raise StoreError(f"{place} is of the older version {found}; run `lorafleet database upgrade`")
+        raise OutdatedStore(f"{place} is of the older version {found}; run `lorafleet database upgrade`")
 
 
 def open_for_writing(engine: Engine, place: str) -> bool:

@@ -178,7 +178,7 @@ def print_next(console: Console, summary: Summary, home: str = "") -> None:
     run = summary["id"]
     trained = any(row["round"] and row["status"] == "committed" for row in summary["rounds"])
     export = f"export {run} {'--best ' if summary['best_round'] else ''}--format peft --out adapter"
-    commands = [f"runs show {run}"]
+    commands = ["dashboard", f"runs show {run}"]
     if summary["status"] == "completed":
         whole = summary["rounds_done"] == summary["rounds_planned"]
         commands += [export, *([f"resume {run} --rounds {summary['rounds_planned'] * 2}"] if whole else [])]

@@ -177,6 +177,7 @@ def test_what_to_type_next_fits_the_status_and_can_be_copied(store: RunStore) ->
     print_next(console, run_summary(store, run), "my home")
     assert console.file.getvalue().splitlines()[2:] == [  # type: ignore[attr-defined]
         f"  lorafleet resume {run} --home 'my home'",
+        "  lorafleet dashboard --home 'my home'",
         f"  lorafleet runs show {run} --home 'my home'",
     ]
     commit(store, run, 1, 4.0)
@@ -184,6 +185,7 @@ def test_what_to_type_next_fits_the_status_and_can_be_copied(store: RunStore) ->
     console = Console(file=io.StringIO(), width=40)
     print_next(console, run_summary(store, run))
     assert console.file.getvalue().splitlines()[2:] == [  # type: ignore[attr-defined]
+        "  lorafleet dashboard",
         f"  lorafleet runs show {run}",
         f"  lorafleet export {run} --format peft --out adapter",
     ]
@@ -191,6 +193,7 @@ def test_what_to_type_next_fits_the_status_and_can_be_copied(store: RunStore) ->
     console = Console(file=io.StringIO(), width=40)
     print_next(console, run_summary(store, run))
     assert console.file.getvalue().splitlines()[2:] == [  # type: ignore[attr-defined]
+        "  lorafleet dashboard",
         f"  lorafleet runs show {run}",
         f"  lorafleet export {run} --best --format peft --out adapter",
         f"  lorafleet resume {run} --rounds 2",
