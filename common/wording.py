@@ -5,7 +5,9 @@ from __future__ import annotations
 
 def size(nbytes: float) -> str:
     """Write a number of bytes for people."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    if nbytes >= 1e18:
+        return "over 1000 PB"
+    for limit, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= limit:
             return f"{nbytes / limit:.1f} {unit}"
     return f"{nbytes:.0f} B"
@@ -13,6 +15,8 @@ def size(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Write a duration for people."""
+    if 0 < seconds < 0.05:
+        return "< 0.1 s"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

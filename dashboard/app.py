@@ -11,7 +11,7 @@ from common.store import Run
 from dashboard.commands import typed
 from dashboard.login import signed_in
 from dashboard.pages import TITLES, link, pass_the_door, register
-from dashboard.pieces import command
+from dashboard.pieces import broken, command
 from dashboard.session import REFRESH_S, all_runs, run_label, source
 from dashboard.views import clients, compare, layers, privacy, run, runs
 from dashboard.words import code, plain
@@ -49,6 +49,8 @@ def frame() -> None:
             without_runs()
     except StoreError as error:
         without_store(error)
+    except Exception as error:
+        broken(error)
 
 
 def choose(known: list[Run]) -> None:

@@ -53,6 +53,10 @@ class Axis:
 
 
 LIMIT = "#D55E00"
+NAMED_ROWS = 30
+"""Rows that each have their name beside them; every chart of so few gives each row room for it."""
+NAMED_COLUMNS = 12
+"""Columns of a map in half a page that each have room for a slanting name."""
 ROUND = Axis("round", "round", "d")
 NAME = Axis("series", "", kind="nominal")
 
@@ -84,14 +88,16 @@ def lines(
     dots : bool
         Show a dot at every value; without, long noisy lines stay thin, and hovering still finds each.
     """
-    colour = alt.Color("series:N", title=None, scale=alt.Scale(domain=list(series)), legend=_legend(series))
+    colour = alt.Color("series:N", title=None, scale=alt.Scale(domain=list(series)), legend=_legend(series, "stroke"))
     base = alt.Chart().encode(x=_x(x), color=colour)
     parts: list[alt.Chart] = []
     if band:
         area = base.mark_area(opacity=0.16, clip=True)
         parts.append(area.encode(y=alt.Y("low:Q", title=y.title), y2=alt.Y2("high:Q")))
-    dashes = [[5, 4] if name in dashed else [1, 0] for name in series]
-    dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=list(series), range=dashes), legend=_legend(series))
+    dashes = [[4, 4] if name in dashed else [1, 0] for name in series]
+    dash = alt.StrokeDash(
+        "series:N", scale=alt.Scale(domain=list(series), range=dashes), legend=_legend(series, "stroke")
+    )
     line = base.mark_line(strokeWidth=2, clip=True).encode(y=_y(y))
     parts.append(line.encode(strokeDash=dash) if dashed else line)
     spread = [Axis("low", f"{band}, from", y.form), Axis("high", f"{band}, to", y.form)] if band else []
@@ -125,7 +131,7 @@ def ranking(
         alt.Chart()
         .mark_bar()
         .encode(
-            y=alt.Y(field=name.column, type="nominal", title=None, sort=None, axis=alt.Axis(labelLimit=160)),
+            y=alt.Y(field=name.column, type="nominal", title=None, sort=None, axis=_names()),
             x=alt.X(
                 field=value.column, type="quantitative", title=value.title, stack=None, axis=alt.Axis(format=value.form)
             ),
@@ -144,7 +150,7 @@ def gantt(colours: Mapped, more: tuple[Axis, ...] = (), title: str = "seconds si
         alt.Chart()
         .mark_bar(height={"band": 0.7})
         .encode(
-            y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=160)),
+            y=alt.Y("name:N", title=None, sort=None, axis=_names()),
             x=alt.X("start:Q", title=title, axis=alt.Axis(format=".3~g")),
             x2=alt.X2("end:Q"),
             color=_named(phase, colours),
@@ -156,9 +162,18 @@ def gantt(colours: Mapped, more: tuple[Axis, ...] = (), title: str = "seconds si
 
 @lru_cache(maxsize=64)
 def heat(
-    x: Axis, y: Axis, value: Axis, domain: tuple[float, ...] = (), diverging: bool = False, more: tuple[Axis, ...] = ()
+    x: Axis,
+    y: Axis,
+    value: Axis,
+    domain: tuple[float, ...] = (),
+    diverging: bool = False,
+    more: tuple[Axis, ...] = (),
+    every_name: bool = False,
 ) -> Spec:
-    """Draw a cell per row of the table, coloured by the number its title names; without a row the ground shows."""
+    """Draw a cell per row of the table, coloured by the number its title names; without a row the ground shows.
+
+    ``every_name`` writes each name below the map, for at most ``NAMED_COLUMNS``; else those that have room.
+    """
     scale = alt.Scale(domain=list(domain)) if domain else alt.Scale(zero=value.zero)
     if diverging:
         scale = alt.Scale(domain=[-1, 1], domainMid=0, range="diverging")
@@ -171,7 +186,7 @@ def heat(
                 type="ordinal",
                 title=_unless_names(x),
                 sort=None,
-                axis=_labels(0 if x.kind != "nominal" else -40),
+                axis=_labels(0 if x.kind != "nominal" else -40, every_name),
             ),
             y=alt.Y(field=y.column, type="ordinal", title=_unless_names(y), sort=None, axis=_labels(0)),
             color=alt.Color(
@@ -213,7 +228,7 @@ def cells(
         .mark_rect()
         .encode(
             x=alt.X(field=x.column, type="ordinal", title=x.title, axis=_labels(0)),
-            y=alt.Y(field=y.column, type="ordinal", title=None, scale=names, axis=_labels(0)),
+            y=alt.Y(field=y.column, type="ordinal", title=None, scale=names, axis=_names(len(rows))),
             color=_named(value, colours) if colours else share,
             tooltip=[axis.tooltip for axis in (y, x, value, *more)],
         )
@@ -258,13 +273,21 @@ def _unless_names(axis: Axis) -> str | None:
     return None if axis.kind == "nominal" else axis.title
 
 
-def _labels(angle: float) -> alt.Axis:
-    return alt.Axis(labelOverlap=True, labelAngle=angle, labelLimit=140)
+def _names(rows: int = 0) -> alt.Axis:
+    """Write every name beside its row, unless there are too many to be read."""
+    return alt.Axis(labelOverlap=rows > NAMED_ROWS, labelLimit=160)
 
 
-def _legend(series: tuple[str, ...]) -> alt.Legend | None:
-    # The symbol would else be as pale as a band.
-    legend = alt.Legend(orient="bottom", columns=2, labelLimit=220, symbolLimit=30, symbolOpacity=1)
+def _labels(angle: float, every: bool = False) -> alt.Axis:
+    return alt.Axis(labelOverlap=not every, labelAngle=angle, labelLimit=140)
+
+
+def _legend(series: tuple[str, ...], drawn: Literal["square", "stroke"] = "square") -> alt.Legend | None:
+    # The symbol would else be as pale as a band; a stroke is long enough for whole dashes.
+    symbol: dict[str, Any] = (
+        {"symbolType": "stroke", "symbolSize": 400, "symbolStrokeWidth": 2} if drawn == "stroke" else {}
+    )
+    legend = alt.Legend(orient="bottom", columns=2, labelLimit=220, symbolLimit=30, symbolOpacity=1, **symbol)
     return legend if len(series) > 1 else None
 
 

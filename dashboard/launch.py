@@ -8,13 +8,13 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from tomllib import TOMLDecodeError, loads
 from typing import NoReturn
 
 from common.errors import UserError
 from common.home import HOME_VARIABLE
-from common.store.engine import URL_VARIABLE
+from common.store.engine import URL_VARIABLE, parse_url
 from dashboard import LOGIN_VARIABLE
+from dashboard.login_file import login_files
 
 APP = Path(__file__).with_name("serving.py")
 ROOT = Path(__file__).parents[1]
@@ -39,20 +39,28 @@ def serve(home: Path, database_url: str | None, port: int, address: str, browser
     Raises
     ------
     UserError
-        If Streamlit is not installed, the port is taken, or others could look without signing in.
+        If Streamlit is not installed, the database's address cannot be read, the port is taken, or others could look
+        without signing in.
     """
     if find_spec("streamlit") is None:
         raise UserError("the dashboard is not installed; pip install 'lorafleet[dashboard]'")
+    parse_url(home, database_url)
     login = check_login(address)
     port = free_port(address, port)
     environment = os.environ | {HOME_VARIABLE: str(home.absolute()), "PYTHONPATH": python_path()}
     environment[LOGIN_VARIABLE] = "1" if login else ""
     if database_url:
         environment[URL_VARIABLE] = database_url
-    place = "the database of LORAFLEET_DATABASE_URL" if environment.get(URL_VARIABLE) else str(home)
     host = f"[{address}]" if ":" in address else address
-    print(f"dashboard of {place}: http://{host}:{port} (end with Ctrl-C)", flush=True)
+    print(f"dashboard of {announced(home, database_url)}: http://{host}:{port} (end with Ctrl-C)", flush=True)
     os.execve(sys.executable, command(address, port, browser), environment)
+
+
+def announced(home: Path, database_url: str | None) -> str:
+    """Name what is shown, without the database's address, which may hold a password."""
+    if database_url:
+        return "the database given"
+    return f"the database of {URL_VARIABLE}" if os.environ.get(URL_VARIABLE) else str(home)
 
 
 def command(address: str, port: int, browser: bool) -> list[str]:
@@ -76,7 +84,7 @@ def check_login(address: str) -> bool:
     UserError
         If the address is not this machine's own and no login is configured, or one is that cannot work.
     """
-    files = login_files()
+    files = login_files((Path.home(), Path.cwd(), APP.parent))
     if files and find_spec("authlib") is None:
         raise UserError(f"the login of {files[0]} needs Authlib; pip install 'streamlit[auth]'")
     if not (files or is_local(address)):
@@ -93,27 +101,6 @@ def is_local(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
-
-
-def login_files() -> list[Path]:
-    """Return the secrets files that configure a login, of those that Streamlit reads.
-
-    Raises
-    ------
-    UserError
-        If one cannot be read: Streamlit would take it for none.
-    """
-    found = []
-    for folder in (Path.home(), Path.cwd(), APP.parent):
-        file = folder / ".streamlit" / "secrets.toml"
-        try:
-            if "auth" in loads(file.read_text(encoding="utf-8")):
-                found.append(file)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); mend it, the dashboard's login is there") from None
-    return found
 
 
 def free_port(address: str, port: int) -> int:

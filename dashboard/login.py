@@ -8,6 +8,8 @@ import streamlit as st
 from streamlit.errors import StreamlitSecretNotFoundError
 
 from dashboard import LOGIN_VARIABLE
+from dashboard.login_file import UNNAMED, fault, providers
+from dashboard.words import plain
 
 
 def login_configured() -> bool:
@@ -26,16 +28,24 @@ def signed_in() -> bool:
     configured = login_configured()
     if not (configured or os.environ.get(LOGIN_VARIABLE)):
         return True
-    if configured and st.user.get("is_logged_in") is True:
+    usable = configured and not fault(st.secrets["auth"])
+    if usable and st.user.get("is_logged_in") is True:
         with st.sidebar:
             st.button("Sign out", on_click=st.logout, type="tertiary")
         return True
     st.title("LoRAFleet")
-    if configured:
-        st.write("Sign in to see the runs of this federation.")
-        st.button("Sign in", on_click=st.login)
+    if usable:
+        _ask()
     else:
-        st.error(
-            "Nobody can sign in: secrets.toml, which says how, cannot be read. Who runs this dashboard can mend it."
-        )
+        st.error("Nobody can sign in: secrets.toml, which says how, is broken. Who runs this dashboard can mend it.")
     return False
+
+
+def _ask() -> None:
+    """Offer to sign in with each provider."""
+    st.write("Sign in to see the runs of this federation.")
+    for name in providers(st.secrets["auth"]):
+        if name == UNNAMED:
+            st.button("Sign in", on_click=st.login)
+        else:
+            st.button(f"Sign in with {plain(name, 60)}", on_click=st.login, args=(name,), key=f"login-{name}")

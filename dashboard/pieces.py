@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,12 +16,13 @@ from dashboard.charts import Spec
 from dashboard.session import REFRESH_S, chosen_run, source
 from dashboard.words import code, plain
 
+logger = logging.getLogger(__name__)
+
 HEIGHT = 280
-CLOSE = {
-    "legend": {"offset": 10, "padding": 0, "rowPadding": 3},
-    "padding": {"left": 2, "right": 10, "top": 4, "bottom": 2},
-}
+CLOSE = {"legend": {"offset": 10, "padding": 0, "rowPadding": 3}}
 """Little air around legends, which share a chart's height."""
+PADDING = {"left": 2, "right": 20, "top": 6, "bottom": 6}
+"""In the specification itself, where Streamlit puts its own; at the right for half of the last tick's text."""
 CANVAS = {"embedOptions": {"renderer": "canvas"}}
 """Painted, not built of elements: several times quicker for long lines and large maps."""
 
@@ -56,7 +58,7 @@ def draw(title: str, table: pd.DataFrame, spec: Spec, why_empty: str, *, key: st
     if table.empty:
         explain(why_empty)
     else:
-        drawn = {**spec, "height": height, "config": CLOSE, "usermeta": CANVAS}
+        drawn = {**spec, "height": height, "padding": PADDING, "config": CLOSE, "usermeta": CANVAS}
         st.vega_lite_chart(table, drawn, width="stretch", key=key, alt=title)
 
 
@@ -79,14 +81,28 @@ def table(
     )
 
 
+def guarded(body: Callable[[], None]) -> None:
+    """Show a part of a page; whatever goes wrong in it is told in its place, and the rest of the page stands."""
+    try:
+        body()
+    except StoreError as error:
+        st.error(plain(error))
+    except Exception as error:
+        broken(error)
+
+
+def broken(error: Exception) -> None:
+    """Say that something cannot be shown, for a reason nobody foresaw; all about it goes to the log."""
+    logger.error("a part of a page cannot be shown", exc_info=error)
+    reason = plain(f"{type(error).__name__} {error}".strip(), 200)
+    st.error(f"This part cannot be shown: {reason}; the other parts are not affected.")
+
+
 def live(body: Callable[[], None], running: bool) -> None:
     """Show a part of a page that looks again by itself while the run goes on; only this part is sent anew."""
 
     def looked() -> None:
-        try:
-            body()
-        except StoreError as error:
-            st.error(plain(error))
+        guarded(body)
         stale()
 
     st.fragment(looked, run_every=REFRESH_S if running else None)()

@@ -54,6 +54,11 @@ def state_of(run: Run) -> RunStatus:
         return run.status
 
 
+def is_live(run: Run) -> bool:
+    """Tell whether somebody writes a run now, so that what shows it has to look again by itself."""
+    return state_of(run) == "running"
+
+
 def run_label(run: Run) -> str:
     """Name a run in a list: how and when."""
     return visible(f"{run.strategy} · {run.created_at:%d %b %H:%M} · seed {run.seed} · {run.name} · {run.id[-4:]}")

@@ -35,10 +35,25 @@ def setting(run: Run, path: str, default: Any = None) -> Any:
 
 def amount(run: Run, path: str, default: float) -> float:
     """Return a setting that is a number; the default where it is none."""
-    found = setting(run, path)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        return default
-    return float(found)
+    found = number(setting(run, path))
+    return default if found is None else found
+
+
+def number(value: Any) -> float | None:
+    """Return a value of plain JSON as a number; None where it is none, not finite, or larger than numbers can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def positive(value: Any) -> float | None:
+    """Return a value of plain JSON as a positive number, None where it is none."""
+    found = number(value)
+    return found if found is not None and found > 0 else None
 
 
 def flat(run: Run) -> dict[str, str]:

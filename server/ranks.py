@@ -71,7 +71,7 @@ def explained(choice: RankChoice, spec: ModelSpec) -> str:
 def _wanted(settings: ClientSettings, default: int, node: Presence | None) -> RankChoice:
     """Choose without regard to bytes."""
     if settings.rank != "auto":
-        return RankChoice(settings.rank, "stated for this client") if settings.rank else _default(default)
+        return RankChoice(settings.rank, "set in the experiment") if settings.rank else _default(default)
     if node is None or not node.max_rank:
         return _default(default, ", as its device did not say what fits")
     free = f" ({node.memory_bytes / 1e9:.1f} GB free)"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from common.wording import size
 from server.timeline import Timeline
 
 
@@ -62,4 +63,4 @@ def sentence(record: RoundRecord) -> str:
     shown = "" if loss is None else f", loss {loss:.4f}"
     if record.number == 0:
         return f"before training{shown}"
-    return f"round {record.number}: {replied} of {len(record.cohort)} replied, {record.bytes_up / 1e6:.1f} MB{shown}"
+    return f"round {record.number}: {replied} of {len(record.cohort)} replied, {size(record.bytes_up)} up{shown}"

@@ -124,7 +124,9 @@ def _merged(federation: Federation, state: ServerState, collection: Collection) 
     needed = max(1, quorum, federation.rule.least_updates)
     if record.status != "failed" and len(collection.accepted) < needed:
         record.status = "failed"
-        record.reason = f"{len(collection.accepted)} valid replies of {len(record.cohort)}, {needed} needed"
+        count = len(collection.accepted)
+        replies = "valid reply" if count == 1 else "valid replies"
+        record.reason = f"{count} {replies} of {len(record.cohort)}, {needed} needed"
     if record.status == "failed":
         announce("round_failed", f"round {record.number} failed: {record.reason}", record.number)
         return state

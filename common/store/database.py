@@ -88,7 +88,7 @@ class Database:
         try:
             with told_in_one_line(self.place), self.engine.execution_options(**level).connect() as connection:
                 yield connection
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise StoreError(f"{self.place} holds a damaged row ({reason}); restore a backup") from error
 

@@ -11,22 +11,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 from typing import Literal
 
 from common.wording import counted, duration
 from dashboard.findings.pace import ago
 from dashboard.findings.refusing import cause
+from dashboard.findings.slowness import named, slow, took
 
 Severity = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 
 OFTEN = 3
 """Rounds of the last few that a client must have missed."""
-SLOW = 2.0
-"""How many times as long as the others a straggler takes."""
-SLOW_S = 0.5
-"""And how many seconds longer at least."""
 NEARLY = 0.8
 """Share of a deadline or a budget that is nearly all of it."""
 LARGE_ERROR = 0.25
@@ -96,7 +92,7 @@ class Facts:
     missing : tuple of Missing
         Clients left out, most often first.
     seconds : tuple of (str, float)
-        Median seconds of clients, slowest first.
+        What clients usually need for a round.
     slowest : (str, float) or None
         Client and seconds of the longest reply of the last round; ``deadline``: what it had.
     losses : tuple of (int, float)
@@ -171,7 +167,8 @@ def _ended(facts: Facts) -> Iterator[Alarm]:
 def _quiet(facts: Facts) -> Iterator[Alarm]:
     if facts.lives and facts.silence > max(QUIET_S, QUIET_ROUNDS * facts.usual):
         usually = f"; a round usually takes {duration(facts.usual)}" if facts.usual else ""
-        latest = f" Clients that do not answer are given up after {duration(facts.deadline)}." if _known(facts) else ""
+        until = duration(facts.deadline)
+        latest = f" Clients that do not answer are given up after {until}." if _has_deadline(facts) else ""
         yield Alarm(
             "warning",
             f"Nothing has happened for {duration(facts.silence)}{usually}.",
@@ -179,7 +176,7 @@ def _quiet(facts: Facts) -> Iterator[Alarm]:
         )
 
 
-def _known(facts: Facts) -> bool:
+def _has_deadline(facts: Facts) -> bool:
     return math.isfinite(facts.deadline)
 
 
@@ -221,24 +218,27 @@ def _left_out(facts: Facts) -> Iterator[Alarm]:
 
 
 def _straggler(facts: Facts) -> Iterator[Alarm]:
-    if len(facts.seconds) < 3:
+    found = slow(dict(facts.seconds))
+    if not found.clients:
         return
-    (client, took), *others = facts.seconds
-    usual = median(seconds for _, seconds in others)
-    if took > SLOW * usual and took - usual > SLOW_S:
-        yield Alarm(
-            facts.trouble,
-            f"{client} is slow: it works {duration(took)} a round, the others {duration(usual)}. Every round waits.",
-            "Give it a smaller rank or fewer training.steps, or let rounds end earlier (federation.deadline_s).",
-        )
+    others = took(found.others)
+    words = f"{named(found)} are slow: the others need {others} a round."
+    if len(found.clients) == 1:
+        client, seconds = found.clients[0]
+        words = f"{client} is slow: it needs {took(seconds)} a round, the others {others}."
+    yield Alarm(
+        facts.trouble,
+        f"{words} Every round waits.",
+        "A smaller rank or fewer training.steps shorten its rounds; federation.deadline_s ends them earlier.",
+    )
 
 
 def _deadline(facts: Facts) -> Iterator[Alarm]:
-    if facts.slowest and _known(facts) and facts.slowest[1] >= NEARLY * facts.deadline:
-        client, took = facts.slowest
+    if facts.slowest and _has_deadline(facts) and facts.slowest[1] >= NEARLY * facts.deadline:
+        client, seconds = facts.slowest
         yield Alarm(
             facts.trouble,
-            f"{client} took {duration(took)} of the {duration(facts.deadline)} a client has to answer.",
+            f"{client} took {duration(seconds)} of the {duration(facts.deadline)} a client has to answer.",
             "A little slower and it is left out: raise federation.deadline_s.",
         )
 

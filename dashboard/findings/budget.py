@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from common.store import Run
 from common.wording import counted
-from dashboard.settings import setting
+from dashboard.settings import positive, setting
 from dashboard.words import visible
 
 LOOKED_BACK = 20
@@ -56,17 +56,6 @@ class Policy:
     def promises(self) -> bool:
         """Tell whether the settings ask for privacy."""
         return self.mode not in ("", "none")
-
-
-def positive(value: Any) -> float | None:
-    """Return a setting as a number, None where it is no positive and finite one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) and number > 0 else None
 
 
 def unit(policy: Policy) -> str:

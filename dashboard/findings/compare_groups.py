@@ -93,7 +93,15 @@ def _labels(groups: Sequence[Settings], samples: Sequence[Run]) -> list[str]:
         told.append(max((path for path in paths if path not in told), key=lambda path: _apart(groups, [*told, path])))
     if not told:
         return [visible(run.strategy, LONGEST) for run in samples]
-    return distinct(" · ".join(_said(path, group) for path in told) for group in groups)
+    return distinct(_joined(_said(path, group) for path in told) for group in groups)
+
+
+def _joined(said: Iterable[str]) -> str:
+    """Join what tells a group apart; a run is often named after its strategy, which is then said once."""
+    kept: dict[str, str] = {}
+    for text in said:
+        kept.setdefault(text.replace("-", "_"), text)
+    return " · ".join(kept.values())
 
 
 def _apart(groups: Sequence[Settings], paths: Sequence[str]) -> int:

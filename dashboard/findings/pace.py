@@ -9,13 +9,8 @@ from statistics import median
 from common.wording import duration
 
 AGES = ((86_400.0, "day"), (3_600.0, "hour"), (60.0, "minute"))
+FEW_S = 10.0
 
-STATES = {
-    "completed": "Completed",
-    "failed": "Failed",
-    "interrupted": "Interrupted",
-    "running": "Running",
-}
 STEPS = {
     "": "begins",
     "round_started": "orders go out to the clients",
@@ -29,7 +24,7 @@ STEPS = {
 def replies_needed(share: float, asked: int) -> int:
     """Return how many valid replies a round needs, from ``federation.min_completion``."""
     # 0.3 × 10 is a little above 3
-    return max(1, math.ceil(share * asked - 1e-9))
+    return max(1, math.ceil(min(1.0, max(0.0, share)) * asked - 1e-9))
 
 
 def time_left(recent: Sequence[float], rounds: int, elapsed: float) -> float | None:
@@ -53,6 +48,17 @@ def time_left(recent: Sequence[float], rounds: int, elapsed: float) -> float | N
         return None
     usual = median(recent)
     return max(0, rounds - 1) * usual + max(0.0, usual - elapsed) if rounds > 0 else 0.0
+
+
+def time_words(recent: Sequence[float], rounds: int, elapsed: float) -> tuple[str, str]:
+    """Say how long the rest will take, and what is to be said of that, with what :func:`time_left` takes."""
+    left = time_left(recent, rounds, elapsed)
+    if left is None:
+        return "–", ""
+    usual = median(recent)
+    if rounds <= 0 or elapsed <= usual:
+        return rough(left) if left < FEW_S else f"about {rough(left)}", ""
+    return f"over {rough(left)}" if rounds > 1 else "unknown", f"past the usual {duration(usual)}"
 
 
 def phase(number: int | None, step: str, replied: int, asked: int) -> str:
@@ -91,7 +97,7 @@ def ago(seconds: float) -> str:
 
 def rough(seconds: float) -> str:
     """Write a duration that is an estimate: in few digits, so that it does not flicker."""
-    if seconds < 10:
+    if seconds < FEW_S:
         return "a few seconds"
     if seconds < 90:
         return f"{round(seconds, -1):.0f} s"

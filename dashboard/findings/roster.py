@@ -11,15 +11,10 @@ import pandas as pd
 from sqlalchemy import Connection
 
 from common.store import Client
-from dashboard.findings.slowness import Pace
-from dashboard.findings.timelines import typical
+from dashboard.findings.slowness import Pace, Work
 from dashboard.queries import client_metrics, clients
 from dashboard.words import labels
 
-RECENT = 100
-"""Rounds over which clients' seconds are compared; fewer in shorter runs."""
-TIMELINES = 20
-"""Rounds whose timelines tell what the time is spent on."""
 SHOWN = ("held_out_loss", "train_loss", "cosine_to_mean", "trust")
 """Numbers of each client that its row in a table has, in the order of preference for the loss."""
 
@@ -32,20 +27,19 @@ class Roster:
     ----------
     members : mapping of str to Client
         As the server met them, by name; empty for runs of older versions.
-    totals, declared, seconds : DataFrame
+    totals, declared : DataFrame
         Of :mod:`dashboard.queries.clients`, with the client as index.
     latest : mapping of str to Series
         Each client's last value of a number, by the number's name.
-    phases : mapping
-        Mean seconds of each phase by client, where timelines tell.
+    work : mapping of str to Work
+        What each client needs for a round, of those that finished one lately.
     """
 
     members: Mapping[str, Client]
     totals: pd.DataFrame
     declared: pd.DataFrame
-    seconds: pd.DataFrame
     latest: Mapping[str, pd.Series]
-    phases: Mapping[str, Mapping[str, float]]
+    work: Mapping[str, Work]
 
     @cached_property
     def names(self) -> list[str]:
@@ -65,20 +59,24 @@ class Roster:
         """Return how quick each client is."""
         return {name: self._pace(name) for name in self.names}
 
+    @cached_property
+    def slowest_first(self) -> list[str]:
+        """Return all clients, those that need longest for a round first and those without one last."""
+        return sorted(self.names, key=lambda name: -(self.paces[name].seconds or 0.0))
+
     def trains(self, name: str) -> bool:
         """Tell whether a client trains: it was asked to, or its row says so."""
         member = self.members.get(name)
         return name in self.totals.index or (member is not None and member.rank is not None)
 
     def _pace(self, name: str) -> Pace:
-        label, phases = self.labels[name], self.phases.get(name, {})
+        label, work = self.labels[name], self.work.get(name)
         asked, late = (
             (int(self.totals.at[name, key]) for key in ("asked", "late")) if name in self.totals.index else (0, 0)
         )
-        if name not in self.seconds.index:
-            return Pace(label, None, 0, 0, asked, late, phases)
-        row = self.seconds.loc[name]
-        return Pace(label, float(row["median"]), int(row["rounds"]), int(row["last"]), asked, late, phases)
+        if work is None:
+            return Pace(label, None, asked=asked, late=late)
+        return Pace(label, work.seconds, work.rounds, work.last, asked, late, work.phases)
 
 
 def roster(connection: Connection, run: str) -> Roster:
@@ -87,9 +85,8 @@ def roster(connection: Connection, run: str) -> Roster:
         {member.client: member for member in clients.members(connection, run)},
         _by_client(clients.totals(connection, run)),
         _by_client(clients.declared(connection, run)),
-        _by_client(clients.seconds(connection, run, RECENT)),
         {name: _by_client(client_metrics.latest(connection, run, name))["value"] for name in SHOWN},
-        typical(clients.recent_spans(connection, run, TIMELINES)),
+        clients.work(connection, run),
     )
     _ = found.paces, found.labels  # worked out now, they are kept with it
     return found

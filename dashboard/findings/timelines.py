@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from statistics import fmean
 from typing import Any
 
 Spans = dict[str, list[tuple[str, float, float]]]
@@ -11,8 +9,8 @@ Spans = dict[str, list[tuple[str, float, float]]]
 
 LONGEST_S = 1e9
 """What would be longer, some thirty years, is no duration of anything here."""
-WORK = ("wait", "download", "train", "upload")
-"""Phases of a training order, in their order."""
+WORK = ("download", "train", "upload")
+"""Phases of a training order that are a client's own, in their order; before them it may wait for its turn."""
 
 
 def client_spans(data: Any) -> Spans:
@@ -24,15 +22,14 @@ def client_spans(data: Any) -> Spans:
     return {name: spans for name, spans in found.items() if spans}
 
 
-def typical(rounds: Iterable[Mapping[str, list[tuple[str, float, float]]]]) -> dict[str, dict[str, float]]:
-    """Return the mean seconds of each phase of training by client, over the rounds in which it trained."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for spans in rounds:
-        for client, parts in spans.items():
-            phases = {phase for phase, _, _ in parts}
-            if "train" in phases and "lost" not in phases:
-                found.setdefault(client, []).append(_lengths(parts))
-    return {name: {phase: fmean(each[phase] for each in all_) for phase in WORK} for name, all_ in found.items()}
+def trained(spans: Spans) -> dict[str, dict[str, float]]:
+    """Return the seconds of each phase of training by client, of those whose training was not lost."""
+    phases = {client: {phase for phase, _, _ in parts} for client, parts in spans.items()}
+    return {
+        client: _lengths(parts)
+        for client, parts in spans.items()
+        if "train" in phases[client] and "lost" not in phases[client]
+    }
 
 
 def _lengths(parts: list[tuple[str, float, float]]) -> dict[str, float]:

@@ -9,7 +9,8 @@ from sqlalchemy.orm import aliased
 from common.store import Client
 from common.store.models import ClientRoundRow, RoundRow, StatisticRow
 from common.store.reading import read_members
-from dashboard.findings.timelines import LONGEST_S, Spans, client_spans
+from dashboard.findings.slowness import WINDOW, Work, work_of
+from dashboard.findings.timelines import LONGEST_S, client_spans, trained
 from dashboard.queries.tables import table_of
 
 FATES = ("accepted", "rejected", "failed", "late", "offline")
@@ -38,32 +39,22 @@ def declared(connection: Connection, run: str) -> pd.DataFrame:
     return table_of(connection, statement)
 
 
-def seconds(connection: Connection, run: str, rounds: int) -> pd.DataFrame:
-    """Return how long clients worked in the last rounds: columns client, median, rounds, last.
+def work(connection: Connection, run: str, rounds: int = WINDOW) -> dict[str, Work]:
+    """Return what each client that was accepted lately needs for a round, over the last training rounds that ended.
 
-    A row per client that finished one; ``last`` counts those in which it took longest of all that were accepted.
+    Of rounds without a timeline only the work itself is known, not the upload.
     """
-    row = ClientRoundRow
-    recent = select(RoundRow.round).where(RoundRow.run == run).order_by(RoundRow.round.desc()).limit(rounds)
+    ended = select(RoundRow.round).where(RoundRow.run == run, RoundRow.round > 0, RoundRow.status != "running")
+    recent = list(connection.execute(ended.order_by(RoundRow.round.desc()).limit(rounds)).scalars())
+    kept, row = StatisticRow, ClientRoundRow
+    told = select(kept.round, kept.data).where(kept.run == run, kept.kind == "timeline", kept.round.in_(recent))
+    phases = {number: trained(client_spans(data)) for number, data in connection.execute(told)}
     known = (row.run == run, row.round.in_(recent), row.status == "accepted", row.seconds > 0, row.seconds < LONGEST_S)
-    place = func.row_number().over(partition_by=row.client, order_by=row.seconds).label("place")
-    count = func.count().over(partition_by=row.client).label("rounds")
-    lag = func.row_number().over(partition_by=row.round, order_by=(row.seconds.desc(), row.client)).label("lag")
-    ranked = select(row.client, row.seconds, place, count, lag).where(*known).subquery()
-    columns = (
-        func.min(ranked.c.seconds).filter(ranked.c.place * 2 >= ranked.c.rounds).label("median"),
-        func.max(ranked.c.rounds).label("rounds"),
-        func.count().filter(ranked.c.lag == 1).label("last"),
-    )
-    return table_of(connection, select(ranked.c.client, *columns).group_by(ranked.c.client).order_by(ranked.c.client))
-
-
-def recent_spans(connection: Connection, run: str, count: int) -> list[Spans]:
-    """Return what clients did when in the last rounds that have a timeline, newest first."""
-    row = StatisticRow
-    statement = select(row.data).where(row.run == run, row.kind == "timeline", row.round > 0)
-    found = connection.execute(statement.order_by(row.round.desc()).limit(count)).scalars()
-    return [spans for data in found if (spans := client_spans(data))]
+    found: dict[int, dict[str, tuple[float, dict[str, float]]]] = {}
+    for number, client, took in connection.execute(select(row.round, row.client, row.seconds).where(*known)):
+        parts = phases.get(number, {}).get(client, {})
+        found.setdefault(number, {})[client] = (sum(parts.values()) if parts else took, parts)
+    return work_of(found.values())
 
 
 def training_rounds(connection: Connection, run: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -12,6 +11,7 @@ from sqlalchemy import Connection, Double, cast, func, or_, select
 from common.store.models import MetricRow, RoundRow
 from dashboard.queries.rounds import POINTS, SPREAD_POINTS, gathered, holds, thinned
 from dashboard.queries.tables import finite, table_of
+from dashboard.settings import positive
 
 BARS = 120
 """Bars of a chart over rounds; where there are more rounds, a bar stands for several."""
@@ -84,6 +84,4 @@ def discarded(connection: Connection, run: str) -> pd.DataFrame:
 
 def _seconds(told: Any) -> float:
     """Read a number of seconds that may be anything."""
-    if isinstance(told, bool) or not isinstance(told, int | float) or not math.isfinite(told):
-        return 0.0
-    return min(max(0.0, float(told)), LONGEST_S)
+    return min(positive(told) or 0.0, LONGEST_S)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 
 from sqlalchemy import Connection, Double, cast, func, select
 
 from common.store import Round, Run
 from common.store.models import ClientRoundRow, EventRow, RoundRow
 from common.store.reading import find_run, read_rounds
+from dashboard.queries.clients import work
 from dashboard.queries.costs import LONGEST_S
 from dashboard.queries.rounds import federation_metric
 from dashboard.queries.runs import LOSSES
@@ -92,7 +92,7 @@ class Clients:
     missing : tuple of (str, int, str, str)
         Client, number of rounds it was left out of, what it was the last time, and why; most often first.
     seconds : tuple of (str, float)
-        Client and median seconds of its work, slowest first.
+        Client and what it usually needs for a round, slowest first; over more rounds than these, as on all pages.
     slowest : (str, float) or None
         Client and seconds of the longest work of the very last round.
     """
@@ -144,7 +144,6 @@ def watched_clients(connection: Connection, run: str) -> Clients:
     columns = (row.round, row.client, row.status, row.reason, row.seconds)
     wanted = (row.run == run, row.round.in_(rounds))
     missing: dict[str, list[tuple[str, str]]] = {}
-    seconds: dict[str, list[float]] = {}
     last: list[tuple[float, str]] = []
     for number, client, status, reason, took in connection.execute(
         select(*columns).where(*wanted).order_by(row.round.desc(), row.client)
@@ -152,11 +151,11 @@ def watched_clients(connection: Connection, run: str) -> Clients:
         if status in MISSING:
             missing.setdefault(client, []).append((status, reason or ""))
         elif 0 < took < LONGEST_S:
-            seconds.setdefault(client, []).append(took)
             last += [(took, client)] if number == rounds[0] else []
     out = [(client, len(told), *told[0]) for client, told in missing.items()]
     often = sorted(out, key=lambda row: (-row[1], row[0]))
-    slow = sorted(((client, median(took)) for client, took in seconds.items()), key=lambda row: (-row[1], row[0]))
+    needs = ((client, known.seconds) for client, known in work(connection, run).items())
+    slow = sorted(needs, key=lambda row: (-row[1], row[0]))
     slowest = max(last, default=None)
     return Clients(len(rounds), tuple(often), tuple(slow), (slowest[1], slowest[0]) if slowest else None)
 

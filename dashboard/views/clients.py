@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pandas as pd
 import streamlit as st
 
 from common.store import Run
 from common.wording import counted
-from dashboard.findings.roster import RECENT, Roster, roster
-from dashboard.findings.slowness import slowest, took
+from dashboard.findings.roster import Roster, roster
+from dashboard.findings.slowness import WINDOW, slowest, took
 from dashboard.pieces import chosen_or_stop, explain, live, table
 from dashboard.queries import refusals
-from dashboard.session import source
+from dashboard.session import is_live, source
 from dashboard.source import Look
 from dashboard.views.clients_charts import over_rounds, participation, time_spent
 from dashboard.views.clients_details import details
@@ -20,6 +22,8 @@ from dashboard.words import plain, visible
 
 CHOSEN, ROWS = "client", "members"
 """Keys of the chosen client, which the address holds, and of the table it can be chosen in."""
+ALL_ROWS = 10
+"""Clients up to which the table is as high as its rows."""
 WIDTH = 150
 """Of a number at the head, in pixels: two stand side by side on a phone."""
 
@@ -37,7 +41,7 @@ def page() -> None:
         else:
             st.info("No client has joined this run yet. Each is listed as soon as its node is there.")
 
-    live(body, run.status == "running")
+    live(body, is_live(run))
 
 
 def _show(look: Look, run: Run, known: Roster) -> None:
@@ -62,7 +66,6 @@ def _head(known: Roster) -> None:
     st.markdown(slowest([pace for name, pace in known.paces.items() if known.trains(name)]))
     training = [name for name in known.names if known.trains(name)]
     asked, used = int(known.totals["asked"].sum()), int(known.totals["accepted"].sum())
-    middle = known.seconds["median"].median()
     only = len(known.names) - len(training)
     with st.container(horizontal=True):
         st.metric("Clients", len(training), help="Those that train.", width=WIDTH)
@@ -70,21 +73,26 @@ def _head(known: Roster) -> None:
             st.metric("Only evaluate", only, width=WIDTH)
         st.metric("Replies used", f"{used / asked:.1%}" if asked else "–", help="Of all asked for.", width=WIDTH)
         st.metric("Left out", f"{asked - used:,}", help="Replies asked for and not used; see why below.", width=WIDTH)
-        typical = "–" if pd.isna(middle) else took(float(middle))
-        about = f"Of one client in one round: the middle of all clients' medians over the last {RECENT} rounds."
+        needs = [work.seconds for work in known.work.values()]
+        typical = took(median(needs)) if needs else "–"
+        about = f"Of one client for one round, upload included: the median of all, over the last {WINDOW} rounds."
         st.metric("Typical time", typical, help=about, width=WIDTH)
 
 
 def _choice(run: Run, known: Roster) -> str | None:
     """Show the table of clients and return the chosen one, from a row or from the list."""
-    names = known.names
-    place = names.index(chosen) if (chosen := st.session_state.get(CHOSEN)) in names else None
+    names = known.slowest_first
+    # On the first look the list, which takes it from the address, has not been drawn yet.
+    chosen = st.session_state.get(CHOSEN, st.query_params.get(CHOSEN))
+    place = names.index(chosen) if chosen in names else None
     rows = member_table(known, run)
+    if names != st.session_state.get(NAMES, names):
+        _mark(place)  # the row that was pressed is another client's now
     st.dataframe(
         rows,
         hide_index=True,
         key=ROWS,
-        height=min(3 + 35 * (1 + len(rows)), 400),
+        height="content" if len(rows) <= ALL_ROWS else 400,
         column_config=MEMBER_COLUMNS,
         placeholder="–",
         on_select=_choose_row,
@@ -94,7 +102,7 @@ def _choice(run: Run, known: Roster) -> str | None:
     st.session_state[NAMES] = names
     return st.selectbox(
         "Client",
-        names,
+        known.names,
         None,
         format_func=lambda name: known.labels.get(name, visible(name, 40)),
         key=CHOSEN,
@@ -116,7 +124,11 @@ def _choose_row() -> None:
 def _mark_row() -> None:
     """Mark the row of the client that was chosen in the list."""
     names, chosen = st.session_state[NAMES], st.session_state[CHOSEN]
-    st.session_state[ROWS] = {"selection": {"rows": [names.index(chosen)] if chosen in names else []}}
+    _mark(names.index(chosen) if chosen in names else None)
+
+
+def _mark(place: int | None) -> None:
+    st.session_state[ROWS] = {"selection": {"rows": [] if place is None else [place]}}
 
 
 def _reasons(look: Look, run: Run, known: Roster, name: str | None) -> None:

@@ -9,7 +9,8 @@ import streamlit as st
 
 from common.store import Run
 from dashboard.charts import ROUND, Axis, Spec, cells, gantt, lines, mapped, ranking
-from dashboard.findings.roster import RECENT, TIMELINES, Roster, worst_first
+from dashboard.findings.roster import Roster, worst_first
+from dashboard.findings.slowness import WINDOW
 from dashboard.findings.timelines import WORK
 from dashboard.metric_words import KNOWN, MetricWords, metric_titles, metric_words
 from dashboard.palette import PHASES, STATUS
@@ -85,8 +86,7 @@ def time_spent(roster: Roster) -> None:
     """Draw the slowest clients with what their time goes into, or their median seconds where no timeline tells."""
     table, spec, over = time_chart(roster)
     kept = table["name"].nunique()
-    trained = sum(pace.seconds is not None or name in roster.phases for name, pace in roster.paces.items())
-    title = "Seconds of a round" if kept == trained else f"Seconds of a round: the {kept} slowest"
+    title = "Seconds of a round" if kept == len(roster.work) else f"Seconds of a round: the {kept} slowest"
     empty = "No client has finished a training round yet, so there is nothing to compare."
     draw(title, table, spec, empty, key="seconds", height=_height(kept))
     if not table.empty:
@@ -95,29 +95,27 @@ def time_spent(roster: Roster) -> None:
 
 def time_chart(roster: Roster) -> tuple[pd.DataFrame, Spec, str]:
     """Return the table, how to draw it, and over what it is taken."""
-    if roster.phases:
-        over = (
-            f"Mean of the last rounds with a timeline, {TIMELINES} at most. Waiting is until the client took its order "
-            "up; download is also loading the model."
-        )
-        return *_phases(roster), over
-    known = {name: pace.seconds for name, pace in roster.paces.items() if pace.seconds is not None}
-    order = sorted(known, key=lambda client: -known[client])[:RANKED]
-    table = pd.DataFrame([(roster.labels[client], known[client]) for client in order], columns=["name", "seconds"])
-    over = f"Median of the last {RECENT} rounds. This run kept no timelines, so waiting and transfer are not known."
-    return table, ranking(Axis("name", "client", kind="nominal"), Axis("seconds", "time (s)", ".3~g")), over
+    order = [name for name in roster.slowest_first if name in roster.work][:RANKED]
+    over = f"Each client's median round of the last {WINDOW}"
+    if all(roster.work[client].phases for client in order):
+        more = "without waiting for its turn. Download is also loading the model"
+        return *_phases(roster, order), f"{over}, {more}."
+    rows = [(roster.labels[client], roster.work[client].seconds) for client in order]
+    table = pd.DataFrame(rows, columns=["name", "seconds"])
+    spec = ranking(Axis("name", "client", kind="nominal"), Axis("seconds", "time (s)", ".3~g"))
+    return table, spec, f"{over}. Not all of these rounds kept a timeline, so transfer may be missing."
 
 
-def _phases(roster: Roster) -> tuple[pd.DataFrame, Spec]:
-    """Lay the phases of the slowest clients end to end."""
+def _phases(roster: Roster, order: Sequence[str]) -> tuple[pd.DataFrame, Spec]:
+    """Lay the phases of clients end to end."""
     rows = []
-    for client in sorted(roster.phases, key=lambda client: -sum(roster.phases[client].values()))[:RANKED]:
-        name, ends = roster.labels.get(client, visible(client, 40)), 0.0
+    for client in order:
+        ends = 0.0
         for phase in WORK:
-            start, ends = ends, ends + roster.phases[client][phase]
-            rows.append((name, phase, start, ends, ends - start))
+            start, ends = ends, ends + roster.work[client].phases[phase]
+            rows.append((roster.labels[client], phase, start, ends, ends - start))
     more = (Axis("seconds", "time (s)", ".3~g"),)
-    spec = gantt(mapped({phase: PHASES[phase] for phase in WORK}), more, "seconds since it was asked")
+    spec = gantt(mapped({phase: PHASES[phase] for phase in WORK}), more, "seconds of a round")
     return pd.DataFrame(rows, columns=["name", "phase", "start", "end", "seconds"]), spec
 
 
@@ -178,7 +176,7 @@ def extremes(latest: pd.DataFrame, more_is_better: bool, worst: int = WORST) -> 
 
 def _height(rows: int) -> int:
     """Return how high a chart of rows is, with its axis and legend: pixels."""
-    return 150 + rows * (21 if rows <= RANKED else 13 if rows <= FEW else 7)
+    return 150 + rows * (21 if rows <= FEW else 7)
 
 
 def _text(reason: object) -> str:

@@ -73,7 +73,7 @@ def _facts(roster: Roster, name: str) -> None:
     took_part = "–" if counts is None else f"{int(counts['accepted'])} of {int(counts['asked'])}"
     shown = {
         "Took part": took_part,
-        "Median time": "–" if pace.seconds is None else took(pace.seconds),
+        "Typical time": "–" if pace.seconds is None else took(pace.seconds),
         "Last loss": number(loss if math.isfinite(loss) else None),
         "Examples": f"{examples:,}" if examples > 0 else "–",
         "Free memory": size(member.memory_bytes) if member is not None and member.memory_bytes > 0 else "–",
@@ -92,6 +92,13 @@ def _loss(look: Look, run: Run, roster: Roster, name: str) -> None:
 
 def _seconds(rounds: pd.DataFrame) -> None:
     done = rounds["seconds"].astype(float).between(0, LONGEST_S, inclusive="neither")
-    found = rounds[done][["round", "seconds"]].assign(series="time")
-    spec = lines(ROUND, Axis("seconds", "time (s)", ".3~g", zero=True), ("time",), dots=len(found) <= DOTS)
-    draw("Its time in a round", found, spec, "It has finished no round yet.", key="client-seconds", height=220)
+    found = rounds[done][["round", "seconds"]].assign(series="work")
+    spec = lines(ROUND, Axis("seconds", "work (s)", ".3~g", zero=True), ("work",), dots=len(found) <= DOTS)
+    draw(
+        "Its work in a round, without upload",
+        found,
+        spec,
+        "It has finished no round yet.",
+        key="client-seconds",
+        height=220,
+    )

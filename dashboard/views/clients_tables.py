@@ -20,7 +20,7 @@ from dashboard.words import listed, visible
 
 MEMBER_COLUMNS: dict[str, Any] = {
     "client": st.column_config.TextColumn("client", pinned=True),
-    "seconds": st.column_config.NumberColumn("time (s)", format="%.2f", help="Median of its work in a round."),
+    "seconds": st.column_config.NumberColumn("time (s)", format="%.2f", help="It usually needs for a round."),
     "part": st.column_config.ProgressColumn(
         "took part",
         format="%.0f %%",
@@ -54,7 +54,7 @@ REASON_COLUMNS: dict[str, Any] = {
 ROUND_COLUMNS: dict[str, Any] = {
     "round": st.column_config.NumberColumn("round"),
     "status": st.column_config.TextColumn("reply"),
-    "seconds": st.column_config.NumberColumn("time (s)", format="%.2f"),
+    "seconds": st.column_config.NumberColumn("work (s)", format="%.2f", help="Without upload."),
     "bytes_up": st.column_config.NumberColumn("up", format="bytes"),
     "bytes_down": st.column_config.NumberColumn("down", format="bytes"),
     "num_examples": st.column_config.NumberColumn("examples", format="localized"),
@@ -64,8 +64,8 @@ ROUND_COLUMNS: dict[str, Any] = {
 
 
 def member_table(roster: Roster, run: Run) -> pd.DataFrame:
-    """Return a row per client; columns that nobody has a value in are left out."""
-    names, totals, declared = roster.names, roster.totals, roster.declared
+    """Return a row per client, the slowest first; columns that nobody has a value in are left out."""
+    names, totals, declared = roster.slowest_first, roster.totals, roster.declared
     table = pd.DataFrame(index=pd.Index(names, dtype=object))
     table["client"] = [roster.labels[name] for name in names]
     table["seconds"] = [roster.paces[name].seconds for name in names]

@@ -14,13 +14,13 @@ from dashboard.findings.compare_lines import Choice, Compared, lines_of_file, li
 from dashboard.metric_words import metric_titles
 from dashboard.pieces import explain, live
 from dashboard.queries import comparing
-from dashboard.session import all_runs, source, state_of
+from dashboard.session import all_runs, is_live, source
 from dashboard.views.compare_body import body, configuration
 from dashboard.views.compare_choice import RUNS, runs_by_hand
 from dashboard.views.compare_files import offer
 from dashboard.words import plain
 
-BY_HAND, OF_FILE = "Runs I choose", "comparison.json"
+BY_HAND, OF_FILE = "Runs I choose", "Results of lorafleet compare"
 FIRST = ("held_out_loss", "worst_client_loss", "unseen_loss", "train_loss")
 OVER = {"round": "rounds", "bytes": "bytes", "seconds": "time", "epsilon": "privacy"}
 
@@ -40,7 +40,7 @@ def page() -> None:
     if choice is None:
         explain("None of these runs has measured anything yet.")
         return
-    running = any(state_of(run) == "running" for run in compared.runs)
+    running = any(map(is_live, compared.runs))
 
     live(partial(body, compared, choice), running)
     offer(compared, choice)
@@ -64,7 +64,7 @@ def _source() -> str | None:
         key="of",
         bind="query-params",
         required=True,
-        help="comparison.json is what the command lorafleet compare wrote beside this home.",
+        help="The command lorafleet compare wrote comparison.json beside this home.",
     )
     return picked
 

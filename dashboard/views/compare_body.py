@@ -11,8 +11,9 @@ from dashboard.findings.compare_lines import Choice, Compared
 from dashboard.findings.compare_verdict import judges, verdict
 from dashboard.pieces import command, draw, explain
 from dashboard.session import source
+from dashboard.views.cells import written
 from dashboard.views.compare_findings import MOST_LINES, Findings, find
-from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
+from dashboard.views.compare_tables import WRITERS, difference_table, outcome_columns, outcome_table
 from dashboard.words import code, listed, plain, visible
 
 HEIGHT = 360
@@ -26,7 +27,7 @@ def body(compared: Compared, choice: Choice) -> None:
     draw(found.title, *found.drawing(), "No run has both of these numbers.", key="curves", height=HEIGHT)
     explain(_notes(found))
     st.dataframe(
-        outcome_table(found.table, choice.metric),
+        written(outcome_table(found.table, choice.metric, found.even.best), WRITERS),
         hide_index=True,
         width="stretch",
         height="content",
@@ -59,7 +60,7 @@ def _say(found: Findings) -> None:
     with st.container(border=True):
         if judges(found.choice.metric):
             tasks = {run.task for run in found.compared.runs}
-            st.markdown(verdict(found.table, found.choice.metric, len(tasks), MORE_SEEDS))
+            st.markdown(verdict(found.table, found.even, found.choice.metric, len(tasks), MORE_SEEDS))
         else:
             st.markdown("Neither more nor less of this number is better by itself: look at a loss to judge.")
         of_runs = [line for line in found.compared.lines if line.runs]

@@ -34,7 +34,19 @@ def offer(compared: Compared, choice: Choice) -> None:
 
 
 def _table(here: Source, compared: Compared, choice: Choice) -> bytes:
-    return csv_of(find(here, compared, choice).table)
+    found = find(here, compared, choice)
+    level = f"{found.level:.4g}" if found.level is not None else "level"
+    names = {
+        "last": f"last_{choice.metric}",
+        "best": f"lowest_{choice.metric}",
+        "reached": f"rounds_to_{level}",
+        "up": "bytes_up_per_client",
+        "down": "bytes_down_per_client",
+        "error": "merge_error",
+        "left_out": "replies_left_out",
+    }
+    spreads = {f"{name}_sd": f"{title}_sd" for name, title in names.items()}
+    return csv_of(found.table.rename(columns=names | spreads))
 
 
 def _curves(here: Source, compared: Compared, choice: Choice) -> bytes:

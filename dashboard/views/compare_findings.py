@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dashboard.charts import Axis, Spec, lines
+from dashboard.findings.compare_even import Even, even
 from dashboard.findings.compare_lines import Choice, Compared, clients_of, points, renewed
 from dashboard.findings.compare_outcomes import Answers, common_level, counting, outcomes
 from dashboard.findings.compare_verdict import judges
@@ -47,6 +48,8 @@ class Findings:
         Of :func:`dashboard.findings.compare_outcomes.outcomes`.
     curves : DataFrame
         Of :func:`dashboard.findings.compare_lines.points`.
+    even : Even
+        Where the lines stand after the same effort.
     labels : tuple of str
         Lines that are drawn.
     title : str
@@ -58,6 +61,7 @@ class Findings:
     level: float | None
     table: pd.DataFrame
     curves: pd.DataFrame
+    even: Even
     labels: tuple[str, ...]
     title: str
 
@@ -97,11 +101,13 @@ def find(here: Source, compared: Compared, choice: Choice) -> Findings:
     table = outcomes(now.lines, answers, choice.metric)
     labels = _drawn(table)
     drawn = [line for line in now.lines if line.label in labels]
-    curves = points(drawn, look.ask(comparing.curves, ids, choice.metric), choice.metric, choice.over, answers.shares)
+    measured = look.ask(comparing.curves, ids, choice.metric)
+    curves = points(drawn, measured, choice.metric, choice.over, answers.shares)
+    level_ground = even(now.lines, measured, choice.over, answers.shares)
     words = metric_words(choice.metric)
-    measured = words.title if choice.metric in KNOWN else words.axis
-    title = f"{measured[:1].upper()}{measured[1:]} against {OVER[choice.over][0]}"
-    return Findings(now, choice, level, table, curves, labels, title)
+    said = words.title if choice.metric in KNOWN else words.axis
+    title = f"{said[:1].upper()}{said[1:]} against {OVER[choice.over][0]}"
+    return Findings(now, choice, level, table, curves, level_ground, labels, title)
 
 
 def _answers(look: Look, compared: Compared, choice: Choice, ids: tuple[str, ...]) -> tuple[float | None, Answers]:

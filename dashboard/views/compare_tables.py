@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import streamlit as st
 from streamlit.elements.lib.column_types import ColumnConfig
 
+from common.wording import duration, size
 from dashboard.findings.compare_lines import Line
 from dashboard.findings.compare_verdict import judges
 from dashboard.metric_words import metric_words
 from dashboard.settings import ABSENT
+from dashboard.views.cells import Writer, few_digits
 from dashboard.words import visible
 
 MARK = "★"
 LONGEST_PATHS = 300
+WRITERS: Mapping[str, Writer] = {
+    "reached": few_digits,
+    "up": size,
+    "down": size,
+    "seconds": duration,
+    "left_out": few_digits,
+}
+"""How numbers are written that have no format of their own."""
 
 
-def outcome_table(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return what is shown of :func:`dashboard.findings.compare_outcomes.outcomes`, with the lowest marked."""
-    ranked = table["last"].where(~table["reference"])
+def outcome_table(table: pd.DataFrame, metric: str, best: str) -> pd.DataFrame:
+    """Return what is shown of :func:`dashboard.findings.compare_outcomes.outcomes`, with the best marked."""
     shown = table.assign(
-        mark=[MARK if best else "" for best in ranked == ranked.min()],
+        mark=[MARK if label == best else "" for label in table["label"]],
         of=[_runs(row.runs, row.unfinished) for row in table.itertuples()],
         merge=[_merge(row.exact, row.error, row.reference) for row in table.itertuples()],
     )
@@ -36,19 +45,21 @@ def outcome_columns(level: float | None, metric: str) -> dict[str, ColumnConfig]
     number, text = st.column_config.NumberColumn, st.column_config.TextColumn
     goal = f"Rounds to {level:.4g}" if level is not None else "Rounds to reach"
     return {
-        "mark": text("", width=30, help=f"{MARK} the lowest at the end"),
+        "mark": text("", width=30, help=f"{MARK} the lowest after the same effort, as said above"),
         "label": text("Line", help="Runs that differ by their seeds alone."),
-        "of": text("Runs", help="One per seed. Means are over those that were completed, or over all while none is."),
+        "of": text(
+            "Runs", width=100, help="One per seed. Means are over those that were completed, or over all while none is."
+        ),
         "last": number(f"Last {metric_words(metric).axis}", format="%.4f", help="Of the last round that measured it."),
         "last_sd": number("±", format="%.4f", help="Standard deviation over the runs."),
         "best": number("Lowest", format="%.4f", help="Of all rounds; mean over the runs."),
-        "reached": number(goal, format="%.1f", help="The first round at the level that every run gets to."),
-        "up": number("Up per client", format="bytes", help="Sent by each client in all rounds."),
-        "down": number("Down per client", format="bytes", help="Sent to each client in all rounds."),
-        "seconds": number("Seconds", format="%.1f", help="Of all rounds."),
+        "reached": number(goal, help="The first round at the level that every run gets to."),
+        "up": number("Up per client", help="Sent by each client in all rounds."),
+        "down": number("Down per client", help="Sent to each client in all rounds."),
+        "seconds": number("Duration", help="Of all rounds."),
         "epsilon": number("ε", format="%.2f", help="Largest privacy spending over the clients."),
         "merge": text("Merge error", help="Distance to the exact average of the updates, as a mean over rounds."),
-        "left_out": number("Left out", format="%.1f", help="Replies that were refused or did not come, per run."),
+        "left_out": number("Left out", help="Replies that were refused or did not come, per run."),
     }
 
 

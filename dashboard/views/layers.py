@@ -21,7 +21,7 @@ from dashboard.findings.layers_sentences import (
 )
 from dashboard.pieces import chosen_or_stop, live, table
 from dashboard.queries import layers as asked
-from dashboard.session import source, state_of
+from dashboard.session import is_live, source
 from dashboard.settings import setting
 from dashboard.source import Look
 from dashboard.views import layers_charts as charts
@@ -29,6 +29,7 @@ from dashboard.views.layers_charts import MAPS, Moment
 from dashboard.words import code
 
 LAST = "the last"
+OF_MERGE = "The merge holds the directions of all clients, so its rank may exceed a client's."
 
 
 def page() -> None:
@@ -50,7 +51,7 @@ def page() -> None:
     shown = wide.segmented_control(
         "Map of clients and layers", list(MAPS), default="share used", required=True, key="map", bind="query-params"
     )
-    live(lambda: _body(run, chosen, kind, shown or "share used"), state_of(run) == "running")
+    live(lambda: _body(run, chosen, kind, shown or "share used"), is_live(run))
 
 
 def _body(run: Run, chosen: str, kind: str, shown: str) -> None:
@@ -99,7 +100,7 @@ def _numbers(moment: Moment) -> None:
     two.metric(
         "Effective rank of the merge",
         f"{rank:.1f}" if np.isfinite(rank) else "–",
-        help="Mean over layers; it holds the directions of all clients, so it may exceed a client's rank.",
+        help=f"Mean over layers. {OF_MERGE}",
     )
     three.metric("Clients to the average", signed(to_mean), help="Mean cosine; 1 is full agreement.")
     four.metric("Clients to each other", signed(mean), help="Mean cosine over pairs; 0 is nothing in common.")
@@ -125,23 +126,15 @@ def _in_numbers(moment: Moment) -> None:
             rank=column("trained rank", format="%.1f", help="Mean over clients."),
             used=column("effective rank", format="%.1f", help="Mean over clients."),
             share=column("share used", format="percent"),
-            effective_rank=column("effective rank of the merge", format="%.0f"),
+            effective_rank=column("effective rank of the merge", format="%.0f", help=OF_MERGE),
             merged_norm=column("norm of the merge", format="%.4g"),
         )
         table(
             tables.clients_in_numbers(None if isinstance(ranks, str) else ranks, moment.directions),
             key="clients-in-numbers",
             client=st.column_config.TextColumn("client", pinned=True),
-            rank=column(
-                "trained rank",
-                format="%.1f",
-                help="Mean over layers; it holds the directions of all clients, so it may exceed a client's rank.",
-            ),
-            used=column(
-                "effective rank",
-                format="%.1f",
-                help="Mean over layers; it holds the directions of all clients, so it may exceed a client's rank.",
-            ),
+            rank=column("trained rank", format="%.1f", help="Mean over layers."),
+            used=column("effective rank", format="%.1f", help="Mean over layers."),
             share=column("share used", format="percent"),
             cosine=column("cosine to the average", format="%.3f"),
             norm=column("size of the update", format="%.4g"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from common.store import Run
-from dashboard.charts import NAME, ROUND, Axis, bars, heat, lines, ranking
+from dashboard.charts import NAME, NAMED_COLUMNS, NAMED_ROWS, ROUND, Axis, bars, heat, lines, ranking
 from dashboard.findings import layers_tables as tables
 from dashboard.findings.layers_names import kind_of
 from dashboard.pieces import draw, explain
@@ -31,6 +31,8 @@ NORM = Axis("norm", "size of the update", ".3~g")
 AGREEMENT = Axis("value", "cosine to the average", ".2f")
 MIDDLE, LOWEST = "middle client", "lowest client"
 DOTTED = 60
+CROWDED = 420
+"""Height of a map of too many rows to name each: it is looked at as a whole."""
 ENERGY = Axis("value", "energy left out", ".2~%", zero=True)
 
 
@@ -75,7 +77,9 @@ def draw_rank_map(moment: Moment, shown: str) -> None:
     value = {"share": SHARE, "used": USED, "trained": TRAINED}[MAPS[shown]]
     known = cells.dropna(subset=[value.column], ignore_index=True) if len(cells) else cells
     more = tuple(axis for axis in (SHARE, USED, TRAINED) if axis is not value)
-    spec = heat(LAYER, CLIENT, value, domain=(0.0, 1.0) if value is SHARE else (), more=more)
+    spec = heat(
+        LAYER, CLIENT, value, domain=(0.0, 1.0) if value is SHARE else (), more=more, every_name=_few(known, "layer")
+    )
     title = f"{TITLES[shown]} per client and layer"
     why = _why(moment, ranks, "ranks of single clients")
     draw(title, known, spec, why, key="rank-map", height=_height(known, "client"))
@@ -88,7 +92,13 @@ def draw_likeness(moment: Moment) -> None:
     found = moment.likeness
     cells = pd.DataFrame() if isinstance(found, str) else tables.likeness_cells(found)
     known = cells.dropna(subset=["cosine"], ignore_index=True) if len(cells) else cells
-    spec = heat(Axis("other", "and", kind="nominal"), Axis("one", "client", kind="nominal"), COSINE, diverging=True)
+    spec = heat(
+        Axis("other", "and", kind="nominal"),
+        Axis("one", "client", kind="nominal"),
+        COSINE,
+        diverging=True,
+        every_name=_few(known, "other"),
+    )
     why = _why(moment, found, "clients compared with each other")
     draw(
         "Cosine of clients to each other, those who agree side by side",
@@ -182,7 +192,12 @@ def _thinning(clients: int, layers: int) -> None:
         explain(f"A cell is the mean of {' and '.join(told)} that are neighbours.")
 
 
+def _few(rows: pd.DataFrame, column: str) -> bool:
+    """Tell whether each of a map's columns has room for its name."""
+    return not rows.empty and rows[column].nunique() <= NAMED_COLUMNS
+
+
 def _height(rows: pd.DataFrame, column: str) -> int:
     """Return the height of a chart with a row per value of a column."""
     count = rows[column].nunique() if len(rows) else 1
-    return min(330, 85 + 21 * count)
+    return 85 + 21 * count if count <= NAMED_ROWS else CROWDED

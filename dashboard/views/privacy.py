@@ -13,7 +13,7 @@ from dashboard.findings.budget import Policy, answer, odds, pace, rounds_left, u
 from dashboard.findings.roster import natural
 from dashboard.pieces import chosen_or_stop, draw, explain, live, table
 from dashboard.queries import client_metrics, privacy
-from dashboard.session import source
+from dashboard.session import is_live, source
 from dashboard.source import Look
 from dashboard.views.privacy_without import without_privacy
 from dashboard.words import labels, plain, visible
@@ -51,7 +51,7 @@ def page() -> None:
         else:
             without_privacy(run)
 
-    live(body, run.status == "running")
+    live(body, is_live(run))
 
 
 def _show(
@@ -73,7 +73,7 @@ def _show(
 def _head(run: Run, policy: Policy, spent: pd.DataFrame, noise: pd.DataFrame) -> None:
     """Answer how much is spent and how long the rest lasts."""
     rounds, values = [int(number) for number in spent["round"]], [float(value) for value in spent["epsilon"]]
-    running = run.status == "running"
+    running = is_live(run)
     st.markdown(answer(policy, rounds, values, run.rounds_planned, running) if values else NOT_SPENT)
     now = values[-1] if values else 0.0
     if policy.epsilon is not None:

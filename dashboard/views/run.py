@@ -9,7 +9,7 @@ import streamlit as st
 
 from common.errors import StoreError
 from common.store import Run
-from dashboard.pieces import chosen_or_stop, live
+from dashboard.pieces import chosen_or_stop, guarded, live
 from dashboard.queries.standing import row_of, standing, watched_clients
 from dashboard.session import source, state_of
 from dashboard.views.run_adapter import adapter, samples
@@ -23,7 +23,7 @@ from dashboard.words import plain
 
 REDRAW_S = 6.0
 """Seconds at least between two drawings of what is below the head, while a run goes on."""
-PARTS = (metrics, one_round, costs, certificate, feed, samples, configuration)
+PARTS = (adapter, metrics, one_round, costs, certificate, feed, samples, configuration)
 
 
 def page() -> None:
@@ -34,31 +34,33 @@ def page() -> None:
         f"{plain(run.strategy, 60)} on {plain(run.task, 60)} · seed {run.seed} · "
         f"began {run.created_at:%d %b %Y, %H:%M} UTC · {plain(run.id, 100)}"
     )
-    drawn, drawn_at = seen(run), monotonic()
+    drawn, drawn_at = _seen_if_readable(run), monotonic()
 
     def body() -> None:
         now = seen(run)
-        if now.mark != drawn.mark and (now.status != drawn.status or monotonic() - drawn_at >= REDRAW_S):
+        if drawn is None or (
+            now.mark != drawn.mark and (now.status != drawn.status or monotonic() - drawn_at >= REDRAW_S)
+        ):
             st.rerun()  # whatever is below has changed as well; it is not looked at before
         head(now)
 
     # Also where nothing goes on: a run that is resumed shows up by itself.
     live(body, running=True)
-    adapter(run)
     for part in PARTS:
         _show(part, run)
 
 
 def _show(part: Callable[[Run], None], run: Run) -> None:
     """Show a part of the page; a choice made in it draws it anew, and nothing else."""
+    st.fragment(lambda: guarded(lambda: part(run)))()
 
-    def shown() -> None:
-        try:
-            part(run)
-        except StoreError as error:
-            st.error(plain(error))
 
-    st.fragment(shown)()
+def _seen_if_readable(run: Run) -> Seen | None:
+    """Look how a run stands; None where a damaged row hides it, which the head tells and other parts may not need."""
+    try:
+        return seen(run)
+    except StoreError:
+        return None
 
 
 def seen(run: Run) -> Seen:

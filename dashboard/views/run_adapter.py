@@ -107,6 +107,8 @@ def _read_samples(run: Run, file: Artefact) -> list[tuple[str, str]]:
     """Read prompts and texts; nothing from a file that is missing, too large or of another form."""
     try:
         path = file_of(source().home, run.id, file.path)
+        if not path.is_file():  # to open a pipe would wait for ever
+            return []
         with path.open("rb") as opened:
             rows = json.loads(opened.read(SAMPLES_BYTES))
         return [(str(row["prompt"]), str(row["text"])) for row in rows]

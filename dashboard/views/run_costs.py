@@ -19,6 +19,7 @@ HEIGHT = 250
 BAR = Axis("first", "round", "d", "ordinal")
 DIRECTIONS = {"bytes_up": "up, from the clients", "bytes_down": "down, to the clients"}
 PHASE_WORDS = {"train": "clients train", "aggregate": "server merges", "evaluate": "model is evaluated"}
+NOTHING_CUT = "Nothing was cut: neither the merge nor downloads have a smaller rank than what was trained."
 ENERGY_WORDS = {"discarded_energy": "by the merge", "download_discarded_energy": "in downloads, mean of the clients"}
 
 
@@ -73,13 +74,15 @@ def certificate(run: Run) -> None:
             key="rank_chart",
             height=HEIGHT,
         )
+        if len(ranks):
+            explain("The pale band spans all layers.")
     with third:
         names = tuple(words for name, words in ENERGY_WORDS.items() if name in set(lost["name"]))
         draw(
             "Energy cut away",
             lost.assign(series=lost["name"].map(ENERGY_WORDS)),
             lines(ROUND, Axis("value", "share of the squared norm", ".2~%", zero=True), names),
-            "Nothing was cut: neither the merge nor downloads have a smaller rank than what was trained.",
+            NOTHING_CUT if len(merged) else absent,
             key="energy_chart",
             height=HEIGHT,
         )

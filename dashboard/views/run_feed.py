@@ -49,4 +49,4 @@ def feed(run: Run) -> None:
             for at, kind, text in zip(rows["at"], rows["kind"], rows["text"], strict=True)
         ]
         st.markdown("\n".join(lines))
-        explain(f"{counted(total, 'entry').replace('entrys', 'entries')}; times are UTC.")
+        explain(f"{counted(total, 'event')}; times are UTC.")

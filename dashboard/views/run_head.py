@@ -14,11 +14,11 @@ from common.store import Run, RunStatus, last_sign
 from common.wording import counted, duration, size
 from dashboard.commands import typed
 from dashboard.findings.alarms import Alarm, Facts, Missing, alarms
-from dashboard.findings.pace import STATES, ago, phase, replies_needed, rough, time_left
+from dashboard.findings.pace import ago, phase, replies_needed, time_words
 from dashboard.metric_words import metric_words
 from dashboard.queries.standing import Clients, Standing
 from dashboard.session import source
-from dashboard.settings import amount
+from dashboard.settings import amount, positive, setting
 from dashboard.words import code, plain
 
 SHOWN_ALARMS = 8
@@ -107,7 +107,7 @@ def facts_of(seen: Seen) -> Facts:
         missing=tuple(Missing(*row) for row in clients.missing),
         seconds=clients.seconds,
         slowest=clients.slowest,
-        deadline=amount(run, "federation.deadline_s", math.inf),
+        deadline=positive(setting(run, "federation.deadline_s")) or math.inf,
         losses=standing.losses,
         best=run.best_metric,
         best_round=run.best_round,
@@ -115,7 +115,7 @@ def facts_of(seen: Seen) -> Facts:
         exact=merged.exact if merged else False,
         merged_round=merged.round if merged else None,
         epsilon=standing.epsilon,
-        budget=amount(run, "privacy.epsilon", 0.0) or None,
+        budget=positive(setting(run, "privacy.epsilon")),
     )
 
 
@@ -130,7 +130,7 @@ def _seconds(later: datetime, earlier: datetime) -> float:
 def _numbers(seen: Seen) -> None:
     run, standing, quorum = seen.run, seen.standing, quorum_of(seen)
     with st.container(horizontal=True, gap="small"):
-        st.metric("State", STATES[seen.status], help=_state_help(seen), width=WIDTH)
+        st.metric("State", plain(seen.status[:1].upper() + seen.status[1:], 40), help=_state_help(seen), width=WIDTH)
         _metric("Rounds done", f"{run.rounds_done:,} of {max(0, run.rounds_planned):,}")
         _metric(
             "Replies, this round" if seen.under_way else "Replies, last round",
@@ -189,9 +189,12 @@ def _time(seen: Seen) -> tuple[str, str, str, str]:
     left = max(0, seen.run.rounds_planned - seen.run.rounds_done)
     begun = standing.begun
     elapsed = _seconds(seen.at, begun.started_at) if begun and seen.under_way else 0.0
-    estimate = time_left(standing.recent, left, elapsed)
-    meaning = "Reckoned with the median of the last rounds; it changes when clients become slower or faster."
-    return "Time left", "–" if estimate is None else f"about {rough(estimate)}", f"{took} so far", meaning
+    estimate, remark = time_words(standing.recent, left, elapsed)
+    meaning = (
+        "Reckoned with the median of the last rounds; it changes when clients become slower or faster. Past the usual: "
+        "the round under way already takes longer than that."
+    )
+    return "Time left", estimate, remark or f"{took} so far", meaning
 
 
 def _since_start(standing: Standing, best: float | None, number: int | None) -> str:
@@ -205,7 +208,7 @@ def _bar(seen: Seen) -> None:
     """Show how far a run is: as a bar, and in words."""
     run, standing = seen.run, seen.standing
     planned = max(1, run.rounds_planned)
-    words = f"{STATES[seen.status]} after {run.rounds_done:,} of {counted(max(0, run.rounds_planned), 'round')}"
+    words = f"{plain(seen.status, 40)} after {run.rounds_done:,} of {counted(max(0, run.rounds_planned), 'round')}"
     if seen.status == "running":
         number, quorum = standing.begun.round if standing.begun else None, quorum_of(seen)
         now = phase(number, standing.step, quorum.replied, quorum.asked)

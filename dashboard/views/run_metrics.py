@@ -73,7 +73,8 @@ def metrics(run: Run) -> None:
     aside = f" Left out: {lost} values that are not finite numbers." if lost else ""
     if len(look.ask(ended_rounds, run.id)) > SPREAD_POINTS:
         aside += " Of so many rounds some between are not drawn."
-    explain(f"Round 0 is before training. {_better(choice.name)}{aside}".strip())
+    pale = " The pale band spans the middle 80 % of the clients." if banded else ""
+    explain(f"Round 0 is before training. {_better(choice.name)}{pale}{aside}".strip())
 
 
 def _choose(run: Run, look: Look, known: dict[str, bool]) -> Choice:

@@ -19,6 +19,8 @@ from dashboard.words import labels, plain, visible
 
 LAST = "the last one"
 TAKEN = ("accepted", "received")
+UNITS = {"kB": 1e3, "MB": 1e6}
+TRAINING = "Sent and received is what a client's training took; what evaluation takes is in the round's sum only."
 HIGHEST, MOST_ROWS = 560, 15
 """Pixels of a table of more rows."""
 
@@ -73,8 +75,9 @@ def _listing(row: Round, clients: list[ClientRound]) -> None:
     shown = labels(client.client for client in clients)
     ordered = sorted(clients, key=lambda client: (client.status in TAKEN, -_seconds(client), client.client))
     number = st.column_config.NumberColumn
+    unit = "MB" if max(max(client.bytes_up, client.bytes_down) for client in clients) >= UNITS["MB"] else "kB"
     table(
-        pd.DataFrame([_line(shown[client.client], client) for client in ordered]),
+        pd.DataFrame([_line(shown[client.client], client, UNITS[unit]) for client in ordered]),
         key="round_table",
         height="content" if len(clients) <= MOST_ROWS else HIGHEST,
         client=st.column_config.TextColumn("client", pinned=True),
@@ -82,13 +85,14 @@ def _listing(row: Round, clients: list[ClientRound]) -> None:
         seconds=number("work (s)", format="%.2f"),
         rank=number("rank"),
         examples=number("examples", format="localized"),
-        up=number("up (MB)", format="%.2f"),
-        down=number("down (MB)", format="%.2f"),
+        up=number(f"sent ({unit})", format="%.2f", help=TRAINING),
+        down=number(f"received ({unit})", format="%.2f", help=TRAINING),
         reason=st.column_config.TextColumn("reason", width="large"),
     )
+    explain(TRAINING)
 
 
-def _line(label: str, client: ClientRound) -> dict[str, object]:
+def _line(label: str, client: ClientRound, unit: float) -> dict[str, object]:
     taken = client.status in TAKEN
     return {
         "client": label,
@@ -96,8 +100,8 @@ def _line(label: str, client: ClientRound) -> dict[str, object]:
         "seconds": _seconds(client) if taken else None,
         "rank": client.rank,
         "examples": client.num_examples or None,
-        "up": client.bytes_up / 1e6,
-        "down": client.bytes_down / 1e6,
+        "up": client.bytes_up / unit,
+        "down": client.bytes_down / unit,
         "reason": visible(client.reason or ""),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,8 @@ import streamlit as st
 from common.store import ClientRound
 from dashboard.charts import Axis, gantt, mapped
 from dashboard.findings.refusing import cause
-from dashboard.findings.timelines import Spans, client_spans
+from dashboard.findings.slowness import slow
+from dashboard.findings.timelines import Spans, client_spans, trained
 from dashboard.palette import PHASES
 from dashboard.pieces import draw, explain
 from dashboard.words import labels, visible
@@ -21,8 +21,6 @@ SHOWN = 24
 """Clients drawn before the reader asks for all."""
 ROW, AROUND = 26, 130
 """Pixels of a client's row, and of axis and legend."""
-SLOW, SLOW_S = 2.0, 0.5
-"""A straggler works this many times as long as the others' median, and so many seconds longer."""
 SERVER, STRAGGLER, LEFT_OUT = "the server", "straggler", "left out"
 COLOURS = {
     "wait": PHASES["wait"],
@@ -76,7 +74,7 @@ def timeline(data: Any, clients: list[ClientRound]) -> None:
 
 def bars(spans: Spans, server: Spans, shown: list[str], clients: list[ClientRound]) -> pd.DataFrame:
     """Return a row per span: columns name, phase, start, end, note; the server first, then clients as listed."""
-    names, notes, slow = labels(shown), _notes(clients), stragglers(clients)
+    names, notes, late = labels(shown), _notes(clients), stragglers(spans, clients)
     rows = [
         (SERVER, "wait" if phase == "train" else phase, start, end, "waits for the clients" if phase == "train" else "")
         for parts in server.values()
@@ -87,7 +85,7 @@ def bars(spans: Spans, server: Spans, shown: list[str], clients: list[ClientRoun
         label = names[client] if names[client] != SERVER else f"{SERVER} (a client)"
         for phase, start, end in spans[client]:
             if phase in PHASES:
-                special = {"lost": LEFT_OUT, "train": STRAGGLER if client in slow else "train"}
+                special = {"lost": LEFT_OUT, "train": STRAGGLER if client in late else "train"}
                 rows.append((label, special.get(phase, phase), start, end, notes.get(client, "")))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -102,13 +100,11 @@ def by_end(spans: Spans) -> list[str]:
     return sorted(spans, key=order)
 
 
-def stragglers(clients: list[ClientRound]) -> set[str]:
-    """Return the clients that worked much longer than the others in one round."""
-    took = {client.client: client.seconds for client in clients if client.status == "accepted" and client.seconds > 0}
-    if len(took) < 3:
-        return set()
-    usual = median(took.values())
-    return {client for client, seconds in took.items() if seconds > SLOW * usual and seconds - usual > SLOW_S}
+def stragglers(spans: Spans, clients: list[ClientRound]) -> set[str]:
+    """Return the clients that were slow in one round."""
+    used = {client.client for client in clients if client.status in ("accepted", "received")}
+    took = {client: sum(parts.values()) for client, parts in trained(spans).items() if client in used}
+    return {client for client, _ in slow(took).clients}
 
 
 def server_spans(data: Any) -> Spans:

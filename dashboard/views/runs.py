@@ -11,8 +11,10 @@ from dashboard.pages import go, link
 from dashboard.pieces import explain, live
 from dashboard.queries import runs as queries
 from dashboard.session import all_runs, source, state_of
+from dashboard.states import STATES
+from dashboard.views.cells import written
 from dashboard.views.compare_choice import MOST
-from dashboard.views.runs_table import NARROW, STATES, Found, Wanted, columns, options, run_rows
+from dashboard.views.runs_table import NARROW, WRITERS, Found, Wanted, columns, options, run_rows
 from dashboard.views.ticks import choose, chosen, follow, taken
 from dashboard.words import plain
 
@@ -70,13 +72,13 @@ def _overview(runs: list[Run], wanted: Wanted) -> None:
         if shown:
             rows = run_rows(shown, states, found)
             st.dataframe(
-                rows,
+                written(rows, WRITERS),
                 hide_index=True,
                 width="stretch",
                 height="content" if len(shown) <= MOST_ROWS else HIGHEST,
                 column_order=NARROW if _on_phone() else None,
                 column_config={
-                    "open": st.column_config.ButtonColumn("", type="tertiary", width=60, key=OPENED),
+                    "open": st.column_config.ButtonColumn("", type="tertiary", width=54, key=OPENED),
                     **columns(st.context.timezone),
                 },
                 key=TABLE,

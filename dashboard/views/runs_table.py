@@ -11,16 +11,15 @@ import streamlit as st
 from streamlit.elements.lib.column_types import ColumnConfig
 
 from common.store import Run, RunStatus
+from common.wording import duration, size
+from dashboard.states import state_words
+from dashboard.views.cells import Writer
 from dashboard.words import visible
 
-STATES: dict[RunStatus, str] = {
-    "running": "● running",
-    "completed": "✓ completed",
-    "failed": "✕ failed",
-    "interrupted": "◌ interrupted",
-}
 JUDGED_BY = {"held_out_loss": "held-out loss", "unseen_loss": "unseen loss"}
-NARROW = ("open", "state", "strategy", "rounds", "loss", "name")
+WRITERS: Mapping[str, Writer] = {"traffic": size, "disk": size, "seconds": duration}
+"""How numbers are written that have no format of their own."""
+NARROW = ("open", "strategy", "loss", "traffic", "state", "rounds", "name")
 """Columns on a phone."""
 LONGEST_S = 100 * 365 * 86_400
 """What is taken for a duration; numbers beyond it are no time a run took."""
@@ -47,7 +46,7 @@ class Wanted:
         """Tell whether a run is wanted."""
         said = visible(f"{run.name} {run.id} {run.strategy} {run.task} seed {run.seed} {run.reason or ''}", 2_000)
         chosen = (
-            (self.state, STATES[state]),
+            (self.state, state_words(state)),
             (self.strategy, visible(run.strategy, 60)),
             (self.task, visible(run.task, 60)),
         )
@@ -71,9 +70,8 @@ def run_rows(runs: Sequence[Run], states: Mapping[str, RunStatus], found: Found)
     disk = dict(zip(found.disk["run"], found.disk["nbytes"], strict=True))
     rows = [_row(run, states[run.id], costs.get(run.id, {}), disk.get(run.id), found.sparks) for run in runs]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for name in ("done", "loss", "epsilon", "traffic", "disk"):
+    for name in ("done", "loss", "epsilon", "traffic", "disk", "seconds"):
         table[name] = table[name].astype(float)
-    table["seconds"] = pd.to_timedelta(table["seconds"].astype(float), unit="s")
     table["started"] = pd.to_datetime(table["started"], utc=True)
     return table
 
@@ -86,14 +84,14 @@ def columns(timezone: str | None) -> dict[str, ColumnConfig]:
         "name": text("Name", help="Of the experiment."),
         "strategy": text("Strategy", help="How the server merges the adapters of its clients."),
         "rounds": text("Rounds", help="Done, of those planned."),
-        "done": st.column_config.ProgressColumn("Progress", format="percent", min_value=0, max_value=1, width=90),
+        "done": st.column_config.ProgressColumn("Progress", format="percent", min_value=0, max_value=1, width=75),
         "loss": number("Best loss", format="%.4f", help="The lowest of all rounds; lower is better."),
-        "losses": st.column_config.LineChartColumn("Loss by round", width=110),
+        "losses": st.column_config.LineChartColumn("Loss by round", width=95),
         "epsilon": number("ε", format="%.2f", help="Largest privacy spending over the clients; empty without privacy."),
-        "traffic": number("Traffic", format="bytes", help="All adapters sent, up and down."),
-        "seconds": number("Duration", format="compact", help="Hours, minutes and seconds of all rounds."),
+        "traffic": number("Traffic", width=74, help="All adapters sent, up and down."),
+        "disk": number("On disk", width=74, help="Files of the run: states, adapters, replies."),
+        "seconds": number("Duration", help="Of all rounds."),
         "started": st.column_config.DatetimeColumn("Started", format="D MMM YYYY, HH:mm", timezone=timezone),
-        "disk": number("On disk", format="bytes", help="Files of the run: states, adapters, replies."),
         "judged": text("Judged by", help="Held-out: on what clients keep back. Unseen: on the server's public data."),
         "task": text("Task"),
         "seed": text("Seed", help="Every random choice of the run derives from it."),
@@ -127,7 +125,7 @@ def _row(
     planned, done = run.rounds_planned, run.rounds_done
     return {
         "open": "Open",
-        "state": STATES[state],
+        "state": state_words(state),
         "name": visible(run.name, 60),
         "strategy": visible(run.strategy, 60),
         "rounds": f"{done} of {planned}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +13,7 @@ from common.errors import UserError
 from common.store import RunStore
 from simulations.terminal.listings import checks_view, matrix_view, plugins_view, run_view, runs_view
 from simulations.terminal.summary import list_summary, run_summary
-from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next
+from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next, program
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -107,7 +108,8 @@ def compare(
     except KeyboardInterrupt:
         print_interrupted("the same command goes on where it stopped")
         return INTERRUPTED
-    output.show(comparison.as_dict(), comparison.table(), f"\ntable, plots and data are in {out}")
+    pages = f"{program()} dashboard --home {shlex.quote(str(home or out / 'home'))}"
+    output.show(comparison.as_dict(), comparison.table(), f"\ntable, plots and data are in {out}; on pages: {pages}")
     return 0
 
 

@@ -158,7 +158,7 @@ class InventedRun:
         found = []
         for i, name in enumerate(self.names):
             device, memory = DEVICES[i % len(DEVICES)]
-            reason = "stated for this client" if i % 3 else f"largest that fits the device ({memory * 0.8:.1f} GB free)"
+            reason = "set in the experiment" if i % 3 else f"largest that fits the device ({memory * 0.8:.1f} GB free)"
             joined = self.started_at(0) + timedelta(milliseconds=20 * i)
             rank = int(self.ranks[i])
             free = int(memory * 0.8 * 2**30)

@@ -200,7 +200,7 @@ def test_a_round_below_its_quorum_fails_and_the_next_one_goes_on(tmp_path: Path)
     with listening(steps.append):
         run = drive(experiment, tmp_path, silenced(experiment, {2}, {"ada", "ben", "cyd"}))
     assert [row.status for row in run.rounds] == ["committed", "committed", "failed", "committed"]
-    assert run.rounds[2].reason == "1 valid replies of 4, 2 needed"
+    assert run.rounds[2].reason == "1 valid reply of 4, 2 needed"
     assert (run.run.status, run.run.rounds_done) == ("completed", 3)
     assert fates(run, 2) == {"ada": "failed", "ben": "failed", "cyd": "failed", "dot": "accepted"}
     assert reasons(run, 2)["ada"] == "ValueError: no power in round 2"

@@ -81,9 +81,9 @@ def test_a_run_leaves_what_is_watched(tmp_path: Path) -> None:
     with RunStore.open(tmp_path, read_only=True) as store:
         members = {member.client: member for member in store.members(run.run.id)}
         assert {name: (member.rank, member.rank_reason) for name, member in members.items()} == {
-            "ada": (2, "stated for this client"),
-            "ben": (4, "stated for this client"),
-            "cyd": (2, "stated for this client"),
+            "ada": (2, "set in the experiment"),
+            "ben": (4, "set in the experiment"),
+            "cyd": (2, "set in the experiment"),
             "dot": (None, "it only evaluates"),
         }
         assert all(member.device.startswith("CPU (") and member.memory_bytes > 0 for member in members.values())

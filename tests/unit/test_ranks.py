@@ -67,12 +67,12 @@ def test_a_budget_never_raises_a_rank() -> None:
     ("settings", "device", "expected"),
     [
         ({}, None, (8, "the adapter's rank")),
-        ({"rank": 3}, 2, (3, "stated for this client")),
+        ({"rank": 3}, 2, (3, "set in the experiment")),
         ({"rank": "auto"}, 2, (2, "largest that fits the device (8.0 GB free)")),
         ({"rank": "auto"}, 99, (8, "the adapter's rank, which fits the device (8.0 GB free)")),
         ({"rank": "auto"}, None, (8, "the adapter's rank, as its device did not say what fits")),
         ({"upload_bytes": 4 * 128 * 3}, None, (3, "largest whose upload fits 1,536 bytes")),
-        ({"rank": 2, "upload_bytes": 10**9}, None, (2, "stated for this client")),
+        ({"rank": 2, "upload_bytes": 10**9}, None, (2, "set in the experiment")),
     ],
 )
 def test_every_rank_has_its_reason(settings: dict[str, Any], device: int | None, expected: RankChoice) -> None:

@@ -113,7 +113,7 @@ def test_it_keeps_its_rows_and_knows_nothing_of_what_was_not_recorded(home: Path
 def test_its_run_goes_on_with_what_is_recorded_today(home: Path) -> None:
     with RunStore.open(home) as store:
         store.mark_alive("r1")
-        store.record_members([Client("r1", "ada", MOMENT, 4, "stated for this client")])
+        store.record_members([Client("r1", "ada", MOMENT, 4, "set in the experiment")])
         store.begin_round("r1", 2, ["ada"])
         row = Round("r1", 2, MOMENT, "committed", cohort=("ada",))
         store.commit_round(row, statistics=[Statistic("r1", 2, "timeline", {"clients": {}, "server": []})])

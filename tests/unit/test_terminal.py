@@ -82,7 +82,16 @@ def store(tmp_path: Path) -> RunStore:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2.5e6, "2.5 MB"), (4.3e9, "4.3 GB")]
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1_500, "1.5 kB"),
+        (2.5e6, "2.5 MB"),
+        (4.3e9, "4.3 GB"),
+        (2e12, "2.0 TB"),
+        (1e300, "over 1000 PB"),
+    ],
 )
 def test_sizes(nbytes: float, text: str) -> None:
     assert size(nbytes) == text
@@ -90,7 +99,15 @@ def test_sizes(nbytes: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.9, "59.9 s"), (61, "1 min 01 s"), (3_599.6, "1 h 00 min"), (7_260, "2 h 01 min")],
+    [
+        (0, "0.0 s"),
+        (0.04, "< 0.1 s"),
+        (0.05, "0.1 s"),
+        (59.9, "59.9 s"),
+        (61, "1 min 01 s"),
+        (3_599.6, "1 h 00 min"),
+        (7_260, "2 h 01 min"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -289,7 +306,7 @@ def test_lines_are_written_for_logs() -> None:
             listener(step)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[:3] == ["run x", "round 1: ann is left out: it hangs", "a package is missing"]
-    assert lines[3].startswith("round 1 of 3: 1 of 4 trained, loss 4.5000, 0.")
+    assert lines[3].startswith("round 1 of 3: 1 of 4 trained, loss 4.5000, < 0.1 s")
     assert lines[4:] == ["round 2 failed: no reply"]
 
 
@@ -321,7 +338,7 @@ def test_bars_fit_the_terminal_and_leave_a_line_per_round(width: int) -> None:
     assert "starting round 2" in shown[3]
     assert max(len(line) for view in shown for line in view.splitlines()) <= width
     left = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1 of 4 trained, loss 4.5000, 0." in left
+    assert "1 of 4 trained, loss 4.5000, < 0.1 s" in left
     assert "round 1: ann is left out: it hangs" in left
 
 

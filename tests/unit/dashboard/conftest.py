@@ -9,12 +9,13 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from dashboard import pieces
 from tests.pages import APP, Opener
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep nothing that was asked in another test, and see every change at once."""
+def fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Keep nothing that was asked in another test, see every change at once, and let no part of a page fail unseen."""
     monkeypatch.setattr("dashboard.source.FRESH_S", 0)
     monkeypatch.delenv("LORAFLEET_DATABASE_URL", raising=False)
     st.cache_data.clear()
@@ -22,6 +23,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     st.cache_data.clear()
     st.cache_resource.clear()
+    assert [record.exc_text for record in caplog.get_records("call") if record.name == pieces.__name__] == []
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from dashboard import charts
+from dashboard import charts, pieces
 from dashboard.charts import ROUND, Axis, Spec
+from tests.pages import APP
 
 VALUE = Axis("value", "loss", ".3f")
 WHO, WHERE = Axis("name", "who", kind="nominal"), Axis("place", "where", kind="nominal")
@@ -114,6 +116,20 @@ def test_names_are_never_stacked_by(spec: Spec) -> None:
     assert value["stack"] is None
 
 
+@pytest.mark.parametrize(("rows", "overlap"), [(30, False), (31, True)])
+def test_rows_have_their_names_while_there_is_room(rows: int, overlap: bool) -> None:
+    grid = charts.cells(ROUND, WHO, SHARE, tuple(map(str, range(rows))))
+    assert grid["encoding"]["y"]["axis"]["labelOverlap"] is overlap
+    for spec in (charts.ranking(WHO, VALUE), charts.gantt(COLOURS)):
+        assert spec["encoding"]["y"]["axis"]["labelOverlap"] is False
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_map_of_few_columns_writes_every_name(every: bool) -> None:
+    spec = charts.heat(WHERE, WHO, SHARE, every_name=every)
+    assert spec["encoding"]["x"]["axis"]["labelOverlap"] is not every
+
+
 def test_a_scale_begins_at_zero_where_it_is_said_to() -> None:
     def scale(axis: Axis) -> Any:
         return charts.lines(ROUND, axis, ("a",))["layer"][0]["encoding"]["y"]["scale"]
@@ -121,3 +137,24 @@ def test_a_scale_begins_at_zero_where_it_is_said_to() -> None:
     assert scale(Axis("value", "v", zero=True)) == {"zero": True}
     assert scale(Axis("value", "v")) == {"zero": False}
     assert scale(Axis("value", "v", log=True)) == {"type": "log"}
+
+
+def test_the_last_text_of_an_axis_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit puts its own padding into a specification without, and it goes before the configuration's."""
+    drawn: list[Spec] = []
+    monkeypatch.setattr("streamlit.markdown", lambda text: None)
+    monkeypatch.setattr("streamlit.vega_lite_chart", lambda table, spec, **more: drawn.append(spec))
+    pieces.draw("Loss", pd.DataFrame({"value": [1.0]}), {}, "", key="k")
+    assert drawn[0]["padding"]["right"] >= 18
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_has_nothing_in_common_is_grey_and_yet_no_empty_cell(scheme: str) -> None:
+    """Vega goes from hue to hue: of colours in the middle it would make a third."""
+    theme = tomllib.loads((APP.parent / ".streamlit" / "config.toml").read_text())["theme"][scheme]
+    colours = theme["chartDivergingColors"]
+    grey, again = colours[4:6]
+    assert len(colours) == 10
+    assert grey == again
+    assert grey[1:3] == grey[3:5] == grey[5:7]
+    assert abs(int(grey[1:3], 16) - int(theme["backgroundColor"][1:3], 16)) > 30

@@ -14,11 +14,12 @@ from sqlalchemy import Connection
 
 from common.store import Client, ClientRound, ClientStatus, Event, Metric, Round, RunStore, Statistic
 from dashboard.findings.refusing import cause
-from dashboard.findings.roster import natural, worst_first
-from dashboard.findings.slowness import Pace, parts, slowest
-from dashboard.findings.timelines import client_spans, typical
+from dashboard.findings.roster import natural, roster, worst_first
+from dashboard.findings.slowness import Pace, Slow, Work, named, parts, slow, slowest, took, work_of
+from dashboard.findings.timelines import client_spans, trained
 from dashboard.metric_words import metric_titles, metric_words
 from dashboard.queries import client_metrics, clients, refusals
+from dashboard.queries.standing import watched_clients
 from dashboard.views.clients_charts import extremes
 from dashboard.views.clients_tables import left_out_words, reason_table
 from dashboard.words import labels, plain
@@ -37,7 +38,7 @@ def home(tmp_path: Path) -> Path:
         _create(store)
         store.record_members(
             [
-                Client(RUN, "ada", START, 8, "stated for this client", "CPU", 2 * 10**9, 16),
+                Client(RUN, "ada", START, 8, "set in the experiment", "CPU", 2 * 10**9, 16),
                 Client(RUN, "ben-10", START, 4, "the adapter's rank"),
                 Client(RUN, "eve", START, None, "it only evaluates"),
             ]
@@ -88,11 +89,50 @@ def test_totals_count_what_became_of_each_client(connection: Connection) -> None
     assert found.loc["ben-10", ["asked", "accepted", "late", "rejected"]].tolist() == [3, 1, 1, 1]
 
 
-def test_seconds_are_medians_of_accepted_replies(connection: Connection) -> None:
-    found = clients.seconds(connection, RUN, 100).set_index("client")
-    assert found.loc["ada"].tolist() == [7.0, 3.0, 3.0]  # median, rounds, of which it was last
-    assert found.loc["ben-10"].tolist() == [2.0, 1.0, 0.0]
-    assert clients.seconds(connection, RUN, 1).set_index("client").loc["ada", "median"] == 8.0
+def test_work_is_of_accepted_replies_and_without_waiting(connection: Connection) -> None:
+    phases = {"download": 1.0, "train": 6.0, "upload": 2.0}
+    assert clients.work(connection, RUN) == {"ada": Work(9.0, 3, 3, phases), "ben-10": Work(2.0, 1, 0, {})}
+    assert list(clients.work(connection, RUN, 1)) == ["ada"]
+
+
+def test_work_is_that_of_the_median_round() -> None:
+    rounds = [{"a": (seconds, {"train": seconds}), "b": (4.0, {})} for seconds in (9.0, 1.0, 5.0, 3.0)]
+    assert work_of(rounds) == {"a": Work(3.0, 4, 2, {"train": 3.0}), "b": Work(4.0, 4, 2, {})}
+    assert work_of([{}]) == {}
+
+
+def test_rounds_with_a_timeline_tell_more_than_those_without() -> None:
+    told = {"train": 2.0, "upload": 5.0}
+    assert work_of([{"a": (2.0, {})}, {"a": (7.0, told)}, {"a": (2.5, {})}]) == {"a": Work(7.0, 3, 3, told)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clients", "others"),
+    [
+        ({}, (), 0.0),
+        ({"a": 9.0}, (), 9.0),
+        ({"a": 9.0, "b": 2.0}, (("a", 9.0),), 2.0),
+        ({"a": 8.0, "b": 4.0, "c": 4.0}, (), 4.0),
+        ({"a": 0.52, "b": 0.04, "c": 0.04}, (), 0.04),  # nobody waits for half a second
+        ({"a": 8.0, "b": 1.0, "c": 9.0, "d": 2.0}, (("c", 9.0), ("a", 8.0)), 1.5),
+    ],
+)
+def test_who_is_slow(seconds: dict[str, float], clients: tuple[tuple[str, float], ...], others: float) -> None:
+    assert slow(seconds) == Slow(clients, others)
+
+
+def test_slow_clients_are_named_the_first_few() -> None:
+    four = tuple((f"c-{i}", 9.0 - i) for i in range(4))
+    assert named(Slow(four, 1.0)) == "c-0 (9.0 s), c-1 (8.0 s), c-2 (7.0 s) and 1 more"
+    assert named(Slow(four[:2], 1.0)) == "c-0 (9.0 s) and c-1 (8.0 s)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "< 0.1 ms"), (0.0314, "31.4 ms"), (0.9994, "999 ms"), (0.9999, "1.0 s"), (61, "1 min 01 s")],
+)
+def test_short_times_are_milliseconds(seconds: float, text: str) -> None:
+    assert took(seconds) == text
 
 
 def test_what_was_declared_last(connection: Connection) -> None:
@@ -175,11 +215,11 @@ def test_causes(status: str, reason: str | None, what: str) -> None:
 
 def test_the_slowest_is_named_with_its_reason() -> None:
     others = [Pace(f"c-{i}", 2.0, 10, 0, 10, 0) for i in range(3)]
-    phases = {"wait": 1.0, "download": 0.5, "train": 8.0, "upload": 0.5}
-    said = slowest([*others, Pace("c_9", 9.5, 9, 9, 10, 1, phases)])
-    assert said.startswith("**c\\_9 is the slowest:** 10.0 s a round, 5.0 times what the others need (2.0 s).")
-    assert "9 of its last 9 rounds waited for it alone." in said
-    assert "80% training, 10% transfer and loading, 10% waiting for its turn" in said
+    phases = {"download": 0.5, "train": 9.0, "upload": 0.5}
+    said = slowest([*others, Pace("c_9", 10.0, 9, 9, 10, 1, phases)])
+    assert said.startswith("**c\\_9 is slow:** 10.0 s a round, 5.0 times what the others need (2.0 s).")
+    assert "9 of the 9 rounds c\\_9 took part in lately waited for it alone." in said
+    assert "The time of c\\_9: 90% training, 10% transfer and loading." in said
     assert "training.steps" in said
     assert "c\\_9 missed the deadline in 1 of 10 rounds." in said
 
@@ -203,8 +243,8 @@ def test_calm_answers(paces: list[Pace], said: str) -> None:
 
 def test_a_slow_line_is_told_from_slow_work() -> None:
     phases = {"download": 0.1, "train": 1.9, "upload": 12.0}
-    said = slowest([Pace("a", 2.0, phases=phases), Pace("b", 2.0), Pace("c", 2.1)])
-    assert said.startswith("**a is the slowest:** 14.0 s a round")
+    said = slowest([Pace("a", 14.0, phases=phases), Pace("b", 2.0), Pace("c", 2.1)])
+    assert said.startswith("**a is slow:** 14.0 s a round")
     assert "federation.wire" in said
 
 
@@ -214,7 +254,7 @@ def test_timelines_are_read_without_trust() -> None:
     assert client_spans([1]) == client_spans({"left_out": "too long"}) == client_spans({"clients": []}) == {}
 
 
-def test_typical_phases_leave_evaluation_and_lost_rounds_out() -> None:
+def test_phases_of_training_leave_evaluation_and_lost_rounds_out() -> None:
     rounds = [
         {
             "a": [
@@ -227,8 +267,11 @@ def test_typical_phases_leave_evaluation_and_lost_rounds_out() -> None:
         },
         {"a": [("train", 0.0, 4.0)], "b": [("lost", 0.0, 60.0)]},
     ]
-    assert typical(rounds) == {"a": {"wait": 0.5, "download": 0.0, "train": 3.0, "upload": 0.5}}
-    assert parts({"wait": 0.0}) == ""
+    assert [trained(spans) for spans in rounds] == [
+        {"a": {"download": 0.0, "train": 2.0, "upload": 1.0}},
+        {"a": {"download": 0.0, "train": 4.0, "upload": 0.0}},
+    ]
+    assert parts({"train": 0.0}) == ""
 
 
 def test_names_sort_as_people_count() -> None:
@@ -263,7 +306,7 @@ def test_words_for_numbers() -> None:
 def test_the_page_answers_which_client_is_slow(home: Path, open_page: Opener) -> None:
     page = open_page(home, "clients", run=RUN)
     assert not page.exception
-    assert page.markdown[0].value.startswith("**ada is the slowest:** 9.0 s a round, 4.5 times")  # 7 s, 2 s of upload
+    assert page.markdown[0].value.startswith("**ada is slow:** 9.0 s a round, 4.5 times")
     assert [metric.label for metric in page.metric][:3] == ["Clients", "Only evaluate", "Replies used"]
     assert [metric.value for metric in page.metric][:3] == ["2", "1", "66.7%"]
     members = page.dataframe[0].value
@@ -280,6 +323,23 @@ def test_a_client_of_the_address_opens_its_details(home: Path, open_page: Opener
     page = page.selectbox(key="client").set_value("eve").run()
     assert not page.exception
     assert "It trains nothing: it only evaluates." in " ".join(text.value for text in page.markdown)
+
+
+def test_the_mark_in_the_table_stays_with_its_client(home: Path, open_page: Opener) -> None:
+    page = open_page(home, "clients", run=RUN, client="ben-10")
+    assert page.dataframe[0].value["client"].tolist() == ["ada", "ben-10", "eve"]
+    with RunStore.open(home) as store:
+        for number in (4, 5):
+            reply = ClientRound(RUN, number, "ben-10", "accepted", seconds=99.0)
+            store.commit_round(Round(RUN, number, START, "committed", committed_at=START), [reply], ())
+    page.run()
+    assert page.dataframe[0].value["client"].tolist() == ["ben-10", "ada", "eve"]
+    assert page.session_state["members"]["selection"]["rows"] == [0]
+
+
+def test_both_pages_compare_the_same_seconds(connection: Connection) -> None:
+    assert dict(watched_clients(connection, RUN).seconds) == {"ada": 9.0, "ben-10": 2.0}
+    assert roster(connection, RUN).slowest_first == ["ada", "ben-10", "eve"]
 
 
 def test_a_run_that_has_no_clients_says_so(tmp_path: Path, open_page: Opener) -> None:

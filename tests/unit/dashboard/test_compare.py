@@ -19,6 +19,7 @@ from streamlit.testing.v1 import AppTest
 
 from common.errors import DataError
 from common.store import Client, ClientRound, Metric, Round, Run, RunStatus, RunStore
+from dashboard.findings.compare_even import Even, even
 from dashboard.findings.compare_file import LARGEST, comparison_beside
 from dashboard.findings.compare_groups import differing, distinct, grouped, untold
 from dashboard.findings.compare_lines import (
@@ -35,10 +36,11 @@ from dashboard.findings.compare_outcomes import Answers, common_level, counting,
 from dashboard.findings.compare_verdict import judges, verdict
 from dashboard.queries import comparing
 from dashboard.source import Source
+from dashboard.views.cells import written
 from dashboard.views.compare_files import _chart, _curves
 from dashboard.views.compare_files import _table as _as_csv
 from dashboard.views.compare_findings import find
-from dashboard.views.compare_tables import difference_table, outcome_columns, outcome_table
+from dashboard.views.compare_tables import WRITERS, difference_table, outcome_columns, outcome_table
 from dashboard.words import plain
 from tests.pages import Opener
 
@@ -70,7 +72,7 @@ def connection(home: Path) -> Iterator[Connection]:
 
 def _experiment(strategy: str, seed: int = 0, **more: object) -> str:
     return json.dumps(
-        {"name": "n", "seed": seed, "strategy": {"name": strategy}, "clients": {"ada": {}, "ben": {}}, **more}
+        {"name": "n", "seed": seed, "strategy": {"name": strategy}, "clients": {"ada": {}, "ben": {}}} | more
     )
 
 
@@ -233,6 +235,13 @@ def test_labels_are_harmless_and_distinct() -> None:
     ]
 
 
+def test_a_name_that_says_the_strategy_again_is_said_once() -> None:
+    named = {"ffa_lora": "ffa-lora", "fedavg": "n", "flora": "flora"}
+    runs = [replace(_run(strategy), experiment=_experiment(strategy, name=name)) for strategy, name in named.items()]
+    runs.append(replace(_run("other"), experiment=_experiment("flora", name="other")))
+    assert [group.label for group in grouped(runs)] == ["ffa_lora", "fedavg · n", "flora", "flora · other"]
+
+
 # Lines
 
 
@@ -324,12 +333,20 @@ def test_the_table_marks_the_lowest_and_hides_what_nobody_has(connection: Connec
         _run("b0", "fedavg")
     ]
     table = outcomes(lines_of_groups(grouped(runs)), _answers(connection, 2.0), LOSS)
-    shown = outcome_table(table, LOSS)
+    shown = outcome_table(table, LOSS, "flora")
     assert shown["mark"].tolist() == ["★", ""]
     assert shown["merge"].tolist() == ["0.38", "exact"]
     assert "epsilon" in shown
     assert set(shown) <= set(outcome_columns(2.0, LOSS))
-    assert {"mark", "epsilon"}.isdisjoint(outcome_table(table.assign(epsilon=math.nan), "update_norm"))
+    assert {"mark", "epsilon"}.isdisjoint(outcome_table(table.assign(epsilon=math.nan), "update_norm", ""))
+
+
+def test_numbers_are_written_with_their_units_and_stay_numbers() -> None:
+    table = pd.DataFrame({"up": [45_700_000.0, math.nan], "left_out": [0.0, 3.5], "seconds": [61.0, 1.0]})
+    shown = written(table, WRITERS)
+    assert shown.data["up"][0] == 45_700_000.0
+    cells = shown.hide(axis="index").to_string(delimiter="|").splitlines()[1:]
+    assert cells == ["45.7 MB|0|1 min 01 s", "–|3.5|1.0 s"]
 
 
 def test_differences_have_a_column_per_line() -> None:
@@ -342,7 +359,16 @@ def test_differences_have_a_column_per_line() -> None:
 # The verdict
 
 
-def _table(rows: Sequence[tuple[str, float, float | None, int]], **more: object) -> pd.DataFrame:
+Stand = tuple[str, float, float | None, int]
+"""Label, mean, spread, seeds."""
+
+
+def _even(rows: Sequence[Stand], *nbytes: float) -> Even:
+    found = pd.DataFrame(rows, columns=["label", "value", "sd", "seeds"]).astype({"value": float, "sd": float})
+    return Even("after round 9", found.assign(nbytes=list(nbytes) or math.nan))
+
+
+def _ends(rows: Sequence[Stand], **more: object) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["label", "last", "last_sd", "runs"]).astype({"last_sd": float})
     return table.assign(**{"reference": False, "settled": True, **more})
 
@@ -351,37 +377,101 @@ def _table(rows: Sequence[tuple[str, float, float | None, int]], **more: object)
     ("rows", "said"),
     [
         ([("a", 1.0, 0.01, 3), ("b", 1.2, 0.05, 3)], "0.2 is 4.0 times the spread over 3 seeds (0.05): unlikely to be"),
-        ([("b", 1.06, 0.05, 2), ("a", 1.0, 0.01, 3)], "is a little more than the spread over 2 seeds (0.05)"),
+        ([("b", 1.06, 0.05, 3), ("a", 1.0, 0.01, 4)], "is a little more than the spread over 3 seeds (0.05)"),
         (
             [("a", 1.0, 0.01, 3), ("b", 1.04, 0.05, 3)],
             "within the spread over 3 seeds (0.05): they are equally good. MORE",
         ),
-        ([("a", 1.0, None, 1), ("b", 9.0, 0.05, 3)], "a single seed, so this may be chance. MORE"),
-        ([("a", 1.0, 0.0, 2), ("b", 1.5, 0.0, 2)], "is beyond the spread over 2 seeds (0)"),
+        ([("a", 1.0, 0.0, 3), ("b", 1.5, 0.0, 3)], "is beyond the spread over 3 seeds (0)"),
+        (
+            [("a", 1.0, 0.0, 2), ("b", 1.5, 0.1, 3)],
+            "more than the spread over 2 seeds (0.1), but so few seeds say little",
+        ),
+        ([("a", 1.0, 0.6, 2), ("b", 1.5, 0.1, 2)], "within the spread over 2 seeds (0.6), but so few seeds say little"),
+        ([("a", 1.0, None, 1), ("b", 9.0, 0.05, 3)], "One of the two has a single seed, so this may be chance. MORE"),
+        ([("a", 1.0, None, 1), ("b", 9.0, None, 1)], "There is a single seed each, so this may be chance. MORE"),
     ],
 )
-def test_the_verdict_weighs_the_difference_against_the_spread(
-    rows: list[tuple[str, float, float | None, int]], said: str
-) -> None:
-    sentence = verdict(_table(rows), LOSS, 1, "MORE")
-    assert sentence.startswith("**a** ends with the lowest loss on held\\-out data: 1.0000")
+def test_the_verdict_weighs_the_difference_against_the_spread(rows: list[Stand], said: str) -> None:
+    sentence = verdict(_ends(rows), _even(rows), LOSS, 1, "MORE")
+    assert sentence.startswith("**a** has the lowest loss on held\\-out data after round 9: 1.0000")
     assert said in sentence
+
+
+def test_the_verdict_names_what_both_cost() -> None:
+    rows = [("a", 1.0, None, 1), ("b", 1.5, None, 1)]
+    said = verdict(_ends(rows), _even(rows, 3e6, 4.5e5), LOSS, 1, "")
+    assert "1.0000 for 3.0 MB per client, before b with 1.5000 for 450.0 kB per client." in said
+
+
+def test_equal_numbers_are_no_difference() -> None:
+    rows = [("a", 1.0, None, 1), ("b", 1.00001, None, 1), ("c", 2.0, None, 1)]
+    assert _even(rows).best == ""
+    assert _even(rows[1:]).best == "b"
+    said = verdict(_ends(rows), _even(rows, 1e6, 2e6, 1e6), LOSS, 1, "")
+    assert said == (
+        "No difference: **a** for 1.0 MB per client and **b** for 2.0 MB per client both have the lowest"
+        " loss on held\\-out data after round 9: 1.0000."
+    )
 
 
 def test_the_verdict_does_not_say_what_nobody_knows() -> None:
     two = [("a", 1.0, 0.1, 2), ("b", 2.0, 0.1, 2)]
-    assert "2 different tasks" in verdict(_table(two), LOSS, 2, "")
-    assert "takes two configurations" in verdict(_table(two[:1]), LOSS, 1, "")
-    assert "Not done, or ended early: a." in verdict(_table(two, settled=[False, True]), LOSS, 1, "")
-    with_reference = _table([*two, ("c", 0.5, None, 1)], reference=[False, False, True])
-    assert verdict(with_reference, LOSS, 1, "").endswith("For reference: c 0.5000.")
+    assert "2 different tasks" in verdict(_ends(two), _even(two), LOSS, 2, "")
+    assert "takes two configurations" in verdict(_ends(two[:1]), _even(two[:1]), LOSS, 1, "")
+    assert "have trained this far. Without this number: b." in verdict(_ends(two), _even(two[:1]), LOSS, 1, "")
+    assert "Not done, or ended early: a." in verdict(_ends(two, settled=[False, True]), _even(two), LOSS, 1, "")
+    with_reference = _ends([*two, ("c", 0.5, None, 1)], reference=[False, False, True])
+    assert verdict(with_reference, _even(two), LOSS, 1, "").endswith("For reference, at their end: c 0.5000.")
 
 
 def test_the_verdict_takes_names_letter_for_letter() -> None:
     rows = [(HOSTILE, 1.0, None, 1), ("b", 2.0, None, 1)]
-    said = verdict(_table(rows), LOSS, 1, "")
-    assert said.startswith(f"**{plain(HOSTILE)}** ends")
+    said = verdict(_ends(rows), _even(rows), LOSS, 1, "")
+    assert said.startswith(f"**{plain(HOSTILE)}** has")
     assert HOSTILE not in said
+
+
+# Like with like
+
+
+def _curves_of(*rows: tuple[str, int, float, float]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["run", "round", "value", "nbytes"])
+
+
+SHORT_AND_LONG = (("a", 0, 3.0, 0.0), ("a", 1, 2.0, 1e6), ("b", 0, 3.0, 0.0), ("b", 1, 2.5, 2e6), ("b", 2, 1.0, 4e6))
+"""One that ended after a round, and one that went on and sends twice as much."""
+TWO = [Line("a", (_run("a"),)), Line("b", (_run("b", "fedavg"),))]
+
+
+def test_lines_are_compared_at_the_last_round_that_all_have() -> None:
+    found = even(TWO, _curves_of(*SHORT_AND_LONG), "round", {"a": 2, "b": 2})
+    assert found.effort == "after round 1, the last that all have"
+    assert found.rows[["label", "value", "seeds", "nbytes"]].to_numpy().tolist() == [
+        ["a", 2.0, 1, 5e5],
+        ["b", 2.5, 1, 1e6],
+    ]
+    assert found.best == "a"
+
+
+def test_over_bytes_lines_are_compared_at_the_same_bytes() -> None:
+    rows = (*SHORT_AND_LONG[:1], ("a", 1, 2.0, 4.04e6), *SHORT_AND_LONG[2:])
+    found = even(TWO, _curves_of(*rows), "bytes", {"a": 2, "b": 2})
+    assert found.effort == "with at most about 2.0 MB per client"
+    assert found.rows[["label", "value"]].to_numpy().tolist() == [["a", 2.0], ["b", 1.0]]
+    found = even(TWO, _curves_of(*SHORT_AND_LONG), "bytes", {"a": 2, "b": 2})
+    assert found.rows[["label", "value"]].to_numpy().tolist() == [["b", 3.0], ["a", 2.0]]
+    assert even(TWO, _curves_of(*SHORT_AND_LONG), "bytes", {"a": None, "b": 2}).rows["label"].tolist() == ["b"]
+
+
+def test_what_never_trained_or_diverged_is_not_compared() -> None:
+    rows = (*SHORT_AND_LONG, ("c", 0, 0.1, 0.0), ("a", 2, math.inf, 2e6))
+    found = even([*TWO, Line("c", (_run("c", "rolora"),))], _curves_of(*rows), "round", {})
+    assert found.effort.startswith("after round 1,")
+    assert found.rows["label"].tolist() == ["a", "b"]
+    assert found.rows["nbytes"].isna().all()
+    for over in ("round", "bytes"):
+        assert even(TWO, _curves_of(), over, {}).rows.empty
 
 
 @pytest.mark.parametrize(("metric", "judged"), [(LOSS, True), ("held_out_perplexity", True), ("update_norm", False)])
@@ -495,6 +585,8 @@ def test_files_are_what_they_say(home: Path) -> None:
     here, compared = Source(home, None), _compared(home)
     lines = csv.reader(_as_csv(here, compared, Choice(LOSS, "round")).decode().splitlines())
     assert {line[0] for line in lines} == {"label", "flora", "fedavg"}
+    head = _as_csv(here, compared, Choice(LOSS, "round")).decode().splitlines()[0].split(",")
+    assert {"last_held_out_loss", "rounds_to_2", "bytes_up_per_client", "bytes_up_per_client_sd"} <= set(head)
     curves = _curves(here, compared, Choice(LOSS, "bytes")).decode().splitlines()
     assert curves[0] == "line,round,megabytes_per_client,mean,runs,low,high"
     assert _curves(here, compared, Choice(LOSS, "round")).startswith(b"line,round,mean,runs")
@@ -511,7 +603,7 @@ def _texts(page: AppTest) -> str:
 def test_the_page_answers_which_is_better(home: Path, open_page: Opener) -> None:
     page = open_page(home, "compare", runs="a0,a1,b0,gone", x="bytes")
     assert not page.exception
-    assert "**flora** ends with the lowest loss" in _texts(page)
+    assert "**flora** has the lowest loss" in _texts(page)
     assert "**Loss on held-out data against bytes per client**" in _texts(page)
     assert "3 runs chosen" in _texts(page)
     shown = next(frame.value for frame in page.dataframe if "mark" in frame.value)
@@ -542,7 +634,7 @@ def test_the_page_shows_a_comparison_beside_the_home(home: Path, open_page: Open
     _file(home)
     page = open_page(home, "compare")
     assert not page.exception
-    assert "For reference: local 0.6000 ± 0.14." in _texts(page)
+    assert "For reference, at their end: local 0.6000 ± 0.14." in _texts(page)
     assert "Broken lines are references" in _texts(page)
     assert [block.value for block in page.code] == ["lorafleet compare x"]
     shown = next(frame.value for frame in page.dataframe if "mark" in frame.value)
@@ -555,4 +647,4 @@ def test_the_page_goes_on_without_a_broken_file(home: Path, open_page: Opener) -
     page = open_page(home, "compare", runs="a0,b0")
     assert not page.exception
     assert "is no comparison" in _texts(page)
-    assert "**flora** ends with the lowest loss" in _texts(page)
+    assert "**flora** has the lowest loss" in _texts(page)

@@ -15,7 +15,9 @@ from common.errors import UserError
 from dashboard import LOGIN_VARIABLE, launch
 
 SECRET = "postgresql://fleet:hunter2@db/runs"
-AUTH = '[auth]\nclient_id = "x"\n'
+OF_ALL = '[auth]\nredirect_uri = "r"\ncookie_secret = "c"\n'
+OF_PROVIDER = 'client_id = "x"\nclient_secret = "y"\nserver_metadata_url = "z"\n'
+AUTH = OF_ALL + OF_PROVIDER
 
 
 class Became(Exception):
@@ -79,12 +81,12 @@ def test_the_network_does(address: str, nobody: Path, authlib: None) -> None:
 
 
 @pytest.mark.parametrize("place", ["home", "here"])
-def test_a_login_is_found_where_streamlit_looks(nobody: Path, place: str) -> None:
-    assert launch.login_files() == []
+def test_a_login_is_found_where_streamlit_looks(nobody: Path, authlib: None, place: str) -> None:
+    assert launch.check_login("localhost") is False
     file = secrets(nobody / place, "[other]\n")
-    assert launch.login_files() == []
+    assert launch.check_login("localhost") is False
     file.write_text(AUTH)
-    assert launch.login_files() == [file]
+    assert launch.check_login("localhost") is True
 
 
 @pytest.mark.parametrize("content", [b"[auth", b"\xff\xfe"])
@@ -99,6 +101,32 @@ def test_a_login_that_cannot_work_is_told_at_once(nobody: Path, monkeypatch: pyt
     monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "authlib" else object())
     with pytest.raises(UserError, match=rf"login of {file} needs Authlib; pip install"):
         launch.check_login("localhost")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("auth = 3\n", r"auth must be a section \[auth\] with redirect_uri, .* server_metadata_url"),
+        ("[auth]\n", r"\[auth\] lacks redirect_uri, cookie_secret, client_id, client_secret, server_metadata_url"),
+        (OF_ALL + 'client_id = " "\nclient_secret = 1\nserver_metadata_url = "z"\n', "lacks client_id, client_secret"),
+        (OF_ALL + '[auth.one]\nclient_id = "x"\n', r"in .*toml \[auth.one\] lacks client_secret, server_metadata_url"),
+        (OF_ALL + '[auth.client_kwargs]\nprompt = "login"\n', r"\[auth\] lacks client_id"),
+        ("[auth]\n[auth.one]\n" + OF_PROVIDER, r"\[auth\] lacks redirect_uri, cookie_secret; see docs"),
+        (OF_ALL + "[auth.one_two]\n" + OF_PROVIDER, r"\[auth.one_two\] has an underscore in its name"),
+    ],
+)
+def test_a_login_that_lacks_something_is_refused(nobody: Path, authlib: None, text: str, wrong: str) -> None:
+    file = secrets(nobody / "home", text)
+    with pytest.raises(UserError, match=wrong) as refused:
+        launch.check_login("localhost")
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [AUTH, OF_ALL + "[auth.one]\n" + OF_PROVIDER, AUTH + "[auth.one]\n" + OF_PROVIDER])
+def test_a_login_may_have_named_providers(nobody: Path, authlib: None, text: str) -> None:
+    secrets(nobody / "home", text)
+    assert launch.check_login("0.0.0.0") is True  # noqa: S104
 
 
 def test_without_streamlit_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -135,13 +163,34 @@ def test_it_becomes_streamlit_and_shows_no_secret(
     ((program, command, environment),) = became
     assert program == command[0] == sys.executable
     assert command[1:5] == ["-m", "streamlit", "run", str(launch.APP)]
-    assert "hunter2" not in " ".join(command) + capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("dashboard of the database given: http://localhost:")
+    assert "hunter2" not in " ".join(command) + said
     assert environment["LORAFLEET_DATABASE_URL"] == SECRET
     assert environment["LORAFLEET_HOME"] == str(nobody / "here" / "runs-here")
     assert environment[LOGIN_VARIABLE] == ""
     assert "--server.address=localhost" in command
     assert "--server.headless=true" in command
     assert not any(part.endswith("port=0") for part in command)
+
+
+def test_it_says_where_the_database_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.announced(Path("runs"), None) == "runs"
+    monkeypatch.setenv("LORAFLEET_DATABASE_URL", SECRET)
+    assert launch.announced(Path("runs"), None) == "the database of LORAFLEET_DATABASE_URL"
+    assert launch.announced(Path("runs"), "sqlite:///x.db") == "the database given"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_address_of_a_database_that_cannot_be_read_is_refused(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    url = "mysql://u:hunter2@h/d"
+    if not given:
+        monkeypatch.setenv("LORAFLEET_DATABASE_URL", url)
+    with pytest.raises(UserError, match="of no kind known here") as refused:
+        launch.serve(nobody, url if given else None, 0, "localhost", False)
+    assert "hunter2" not in str(refused.value)
 
 
 def test_what_must_be_signed_in_to_stays_so(

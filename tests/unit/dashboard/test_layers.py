@@ -21,6 +21,7 @@ from dashboard.findings.layers_names import arranged, block_means, group_labels,
 from dashboard.findings.layers_sentences import about_directions, about_likeness, about_ranks
 from dashboard.queries import layers
 from dashboard.queries.layers import UNREADABLE, LayerRanks, Likeness
+from dashboard.views.layers_charts import _height
 from tests.hostile_store import SHAPES, TEXTS, hostile_store
 from tests.pages import Opener
 
@@ -126,6 +127,14 @@ def test_queries_answer_with_what_was_stored(store: RunStore) -> None:
         "value": [0.1, 0.2, 0.3],
         "highest": [0.1, 0.2, 0.4],
     }
+
+
+def test_a_map_gives_each_of_few_clients_room_for_its_name() -> None:
+    def height(count: int) -> int:
+        return _height(pd.DataFrame({"client": [f"c{number}" for number in range(count)] * 2}), "client")
+
+    assert [height(count + 1) - height(count) for count in (1, 29)] == [21, 21]
+    assert height(31) == height(50) < height(30)
 
 
 def test_agreement_gives_cosines_that_some_client_had(store: RunStore) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dashboard.findings.pace import ago, phase, replies_needed, rough, time_left
+from dashboard.findings.pace import ago, phase, replies_needed, rough, time_left, time_words
 
 
 @pytest.mark.parametrize(
-    ("share", "asked", "needed"), [(0.5, 4, 2), (0.5, 5, 3), (0.3, 10, 3), (0.0, 4, 1), (1.0, 7, 7)]
+    ("share", "asked", "needed"), [(0.5, 4, 2), (0.5, 5, 3), (0.3, 10, 3), (0.0, 4, 1), (1.0, 7, 7), (1e308, 4, 4)]
 )
 def test_replies_needed_are_those_of_the_server(share: float, asked: int, needed: int) -> None:
     assert replies_needed(share, asked) == needed
@@ -27,6 +27,20 @@ def test_time_left_takes_the_median_round(
     recent: tuple[float, ...], rounds: int, elapsed: float, left: float | None
 ) -> None:
     assert time_left(recent, rounds, elapsed) == left
+
+
+@pytest.mark.parametrize(
+    ("recent", "rounds", "elapsed", "words"),
+    [
+        ((), 5, 0.0, ("–", "")),
+        ((10.0,), 4, 4.0, ("about 40 s", "")),
+        ((10.0,), 1, 4.0, ("a few seconds", "")),
+        ((10.0,), 4, 12.0, ("over 30 s", "past the usual 10.0 s")),
+        ((10.0,), 1, 12.0, ("unknown", "past the usual 10.0 s")),
+    ],
+)
+def test_time_left_in_words(recent: tuple[float, ...], rounds: int, elapsed: float, words: tuple[str, str]) -> None:
+    assert time_words(recent, rounds, elapsed) == words
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from common.store import Metric, Round, RunStore
-from dashboard.findings.budget import Policy, answer, odds, pace, positive, rounds_left, unit
+from dashboard.findings.budget import Policy, answer, odds, pace, rounds_left, unit
 from dashboard.queries import privacy
+from dashboard.settings import positive
 from dashboard.views.privacy_without import how_to_ask, protections, risks
 from tests.pages import Opener
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import sqlite3
@@ -155,7 +156,7 @@ def test_a_run_that_goes_on(home: Path, page: Any) -> None:
     assert bar.proto.value == 50
     assert [alarm.value.partition("  \n")[0].replace("\\", "") for alarm in app.warning] == [
         "Round 2 had 2 of 3 replies and needed 2: with one less it would have failed.",
-        "ben is slow: it works 9.0 s a round, the others 2.5 s. Every round waits.",
+        "ben is slow: it needs 9.0 s a round, the others 2.5 s. Every round waits.",
     ]
 
 
@@ -204,6 +205,62 @@ def test_a_file_too_large_to_download_is_named(home: Path, page: Any, monkeypatc
     assert "too large to download" in texts(page())
 
 
+@pytest.mark.parametrize("deadline", ["1" + "0" * 400, "-5", "true"])
+def test_a_deadline_that_is_none_is_unknown(home: Path, page: Any, deadline: str) -> None:
+    with RunStore.open(home) as store:
+        held = json.loads(store.get_run(RUN).experiment)
+        held["federation"] |= {"deadline_s": json.loads(deadline), "min_completion": 10**400}
+    with closing(sqlite3.connect(home / "lorafleet.db")) as database, database:
+        database.execute("UPDATE runs SET experiment = ? WHERE id = ?", (json.dumps(held), RUN))
+    app = page()
+    assert [error.value for error in app.error if "is gone" not in error.value] == []
+    assert "a client has to answer" not in texts(app)
+
+
+def test_a_part_that_breaks_says_so_and_the_others_stand(
+    page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_run: Any, _row: Any = None) -> None:
+        raise OverflowError("*too large*")
+
+    monkeypatch.setattr("dashboard.views.run_round.sentence", broken)
+    app = page()
+    words = "This part cannot be shown: OverflowError \\*too large\\*; the other parts are not affected."
+    assert words in [error.value for error in app.error]
+    assert "Run it again" in texts(app)
+    assert "OverflowError: *too large*" in caplog.text
+    caplog.clear()
+
+
+def test_a_page_that_breaks_says_so(
+    page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dashboard.views.run.row_of", lambda *_: 1 / 0)
+    assert "ZeroDivisionError division by zero" in page().error[0].value
+    assert "Traceback" in caplog.text
+    caplog.clear()
+
+
+def test_a_statistic_nested_without_end_is_a_damaged_row(home: Path, page: Any) -> None:
+    with closing(sqlite3.connect(home / "lorafleet.db")) as database, database:
+        database.execute("UPDATE statistics SET data = ? WHERE run = ?", ("[" * 100_000 + "]" * 100_000, RUN))
+    app = page()
+    assert ["holds a damaged row" in error.value for error in app.error] == [True, True]  # the head, one round
+    assert "Run it again" in texts(app)
+
+
+@pytest.mark.parametrize("name", ["run", "runs", "compare"])
+def test_a_status_nobody_knows_is_shown_as_it_is(home: Path, open_page: Opener, name: str) -> None:
+    with closing(sqlite3.connect(home / "lorafleet.db")) as database, database:
+        database.execute("PRAGMA ignore_check_constraints = 1")
+        database.execute("UPDATE runs SET status = '<b>odd' WHERE id = ?", (RUN,))
+    app = open_page(home, name, run=RUN)
+    if name == "run":
+        assert numbers(app)["State"] == "\\<b\\>odd"
+    else:
+        assert "<b>odd" in [state for frame in app.dataframe for state in frame.value.get("state", ())]
+
+
 def test_all_is_well_is_said(home: Path, page: Any) -> None:
     app = page(run=OTHER)
     assert not app.success  # ben is slow there, too
@@ -242,6 +299,8 @@ def test_the_last_round_is_shown_and_who_was_left_out_comes_first(page: Any) -> 
     assert listing["client"].tolist() == ["cyd", "ben", "ada"]
     assert listing["outcome"].tolist() == ["late: No answer within the deadline", "accepted", "accepted"]
     assert listing["reason"].tolist()[0] == "no answer in time"
+    assert listing["up"].tolist() == [0.0, 1.0, 1.0]  # kB
+    assert "what evaluation takes is in the round's sum only" in texts(app)
 
 
 def test_the_feed_shows_sentences_letter_for_letter(page: Any) -> None:
@@ -265,7 +324,11 @@ def test_samples_stand_side_by_side(home: Path, page: Any) -> None:
         "def▸<b>before</b>",
         "def▸after\n    \N{REPLACEMENT CHARACTER}[1mall",
     ]
-    (home / "runs/run-3/rounds/1/samples.json").write_text("[[]]")
+    samples = home / "runs/run-3/rounds/1/samples.json"
+    samples.write_text("[[]]")
+    assert "not what it should be" in texts(page(run="run-3"))
+    samples.unlink()
+    os.mkfifo(samples)
     assert "not what it should be" in texts(page(run="run-3"))
 
 

@@ -12,9 +12,12 @@ import pytest
 import streamlit as st
 
 from common.store import Artefact, Metric, Round, Run, RunStatus, RunStore, write_artefact
+from dashboard import session
 from dashboard.queries import runs as queries
+from dashboard.source import Source
 from dashboard.views import ticks
-from dashboard.views.runs_table import BRIEF, COLUMNS, Found, Wanted, brief_rows, columns, options, run_rows
+from dashboard.views.cells import written
+from dashboard.views.runs_table import BRIEF, COLUMNS, WRITERS, Found, Wanted, brief_rows, columns, options, run_rows
 from tests.pages import Opener
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -142,8 +145,17 @@ def test_a_row_tells_what_is_known_and_leaves_the_rest_empty() -> None:
     known, bare = table.iloc[0], table.iloc[1]
     assert (known["state"], known["rounds"], known["done"], known["loss"]) == ("✓ completed", "1 of 4", 0.25, 0.5)
     assert (known["traffic"], known["disk"], known["epsilon"], known["losses"]) == (150.0, 7.0, 2.0, [2.0, 1.0])
-    assert (known["judged"], known["seconds"]) == ("unseen loss", pd.Timedelta(hours=1, minutes=1, seconds=1))
+    assert (known["judged"], known["seconds"]) == ("unseen loss", 3661.0)
     assert bare[["done", "loss", "traffic", "disk", "epsilon", "seconds"]].isna().all()
+
+
+def test_costs_are_written_with_their_units_and_stay_numbers() -> None:
+    costs = {"run": "r", "bytes_up": 45_700_000.0, "bytes_down": 0.0, "seconds": 3661.4, "epsilon": None}
+    shown = written(run_rows([_run()], {"r": "completed"}, Found(pd.DataFrame([costs]), NOTHING.disk)), WRITERS)
+    assert shown.data["traffic"][0] == 45_700_000.0
+    _, cells = shown.hide(axis="index").to_string(delimiter="|").splitlines()
+    said = dict(zip(COLUMNS, cells.split("|"), strict=True))
+    assert [said[name] for name in ("traffic", "seconds", "disk")] == ["45.7 MB", "1 h 01 min", "–"]
 
 
 def test_a_run_is_done_only_at_its_end_whatever_it_says() -> None:
@@ -223,6 +235,17 @@ def test_ticks_beyond_the_table_are_nobody(state: dict[str, object]) -> None:
     assert ticks.chosen() == ["a"]
     ticks.choose([])
     assert ticks.chosen() == []
+
+
+# Who lives
+
+
+def test_a_run_that_nobody_writes_is_not_looked_at_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "source", lambda: Source(home, None))
+    with RunStore.open(home, read_only=True) as store:
+        run = store.get_run("new")
+    assert run.status == "running"
+    assert not session.is_live(run)
 
 
 # The page

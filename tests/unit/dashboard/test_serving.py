@@ -172,6 +172,25 @@ def test_only_a_clear_yes_counts(home: Path, said: Any) -> None:
     assert "Sign in to see" in shown(app)
 
 
+@pytest.mark.parametrize("broken", [3, {}, {**AUTH, "cookie_secret": ""}])
+def test_a_login_that_was_broken_since_lets_nobody_in(home: Path, broken: Any) -> None:
+    app = opened()
+    app.secrets["auth"] = broken
+    app.user["is_logged_in"] = True
+    assert "Nobody can sign in" in shown(app)
+    assert not app.button
+    assert not app.selectbox
+
+
+def test_each_provider_is_offered(home: Path) -> None:
+    app = opened()
+    own = {key: AUTH[key] for key in ("redirect_uri", "cookie_secret")}
+    provider = {key: value for key, value in AUTH.items() if key not in own}
+    app.secrets["auth"] = {**own, "one": provider, "t*o": provider}
+    shown(app)
+    assert [button.label for button in app.button] == ["Sign in with one", r"Sign in with t\*o"]
+
+
 def test_a_login_whose_file_is_gone_lets_nobody_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LOGIN_VARIABLE, "1")
     app = opened()
