@@ -21,8 +21,8 @@ from dashboard.views.run_metrics import metrics
 from dashboard.views.run_round import one_round
 from dashboard.words import plain
 
-REDRAW_S = 6.0
-"""Seconds at least between two drawings of what is below the head, while a run goes on."""
+REDRAW_S, PER_ROUND_S = 6.0, 2.0
+"""Seconds at least between two drawings of what is below the head while a run goes on: fewer in its first rounds."""
 PARTS = (adapter, metrics, one_round, costs, certificate, feed, samples, configuration)
 
 
@@ -38,9 +38,7 @@ def page() -> None:
 
     def body() -> None:
         now = seen(run)
-        if drawn is None or (
-            now.mark != drawn.mark and (now.status != drawn.status or monotonic() - drawn_at >= REDRAW_S)
-        ):
+        if drawn is None or (now.mark != drawn.mark and monotonic() - drawn_at >= _patience(now, drawn)):
             st.rerun()  # whatever is below has changed as well; it is not looked at before
         head(now)
 
@@ -48,6 +46,11 @@ def page() -> None:
     live(body, running=True)
     for part in PARTS:
         _show(part, run)
+
+
+def _patience(now: Seen, drawn: Seen) -> float:
+    """Return for how many seconds what is below the head may stay as it was drawn."""
+    return min(REDRAW_S, PER_ROUND_S * drawn.run.rounds_done) if now.status == drawn.status else 0.0
 
 
 def _show(part: Callable[[Run], None], run: Run) -> None:
