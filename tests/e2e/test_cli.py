@@ -233,6 +233,7 @@ def test_the_database_is_backed_up_and_of_this_version(place: Path, done: Ended)
     assert told.out.startswith("nothing to do: the database copy.db is of this version")
 
 
+@pytest.mark.long  # the same in one process: tests/integration/test_merge.py
 def test_exported_adapters_are_merged(place: Path, done: Ended) -> None:
     run = done.values["id"]
     for number in ("1", "2"):

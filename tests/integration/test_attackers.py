@@ -65,14 +65,24 @@ def clean_loss(strategy: str, home: Path) -> float:
     return loss(drive(experiment(f"strategy.name={strategy}"), home))
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
+QUICK = ("geometric_median", "trimmed_mean")
+"""A rule on products and one on coordinates; the others' own tests are in tests/unit/test_robust.py."""
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("flora", marks=pytest.mark.long)])
 def test_the_plain_mean_is_carried_off(strategy: str, home: Path) -> None:
     assert loss(drive(lies(f"strategy.name={strategy}"), home)) > clean_loss(strategy, home) + 0.1
 
 
 @pytest.mark.parametrize(
     ("rule", "strategy"),
-    [(rule, "flora" if rule in ON_PRODUCTS else "fedavg") for rule in RULES] + [("norm_bounding", "fedavg")],
+    [
+        pytest.param(rule, strategy, marks=[] if rule in QUICK else pytest.mark.long)
+        for rule, strategy in [
+            *((rule, "flora" if rule in ON_PRODUCTS else "fedavg") for rule in RULES),
+            ("norm_bounding", "fedavg"),
+        ]
+    ],
 )
 def test_every_rule_stays_close_to_the_clean_run(rule: str, strategy: str, home: Path) -> None:
     settings = lies(f"strategy.name={strategy}", f"robust.name={rule}")
