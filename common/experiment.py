@@ -5,6 +5,7 @@ Every field's description is the text of ``docs/configuration.md``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -112,6 +113,12 @@ class TrainingSettings(Section):
     threads: int = Field(
         1, ge=1, le=256, description="CPU threads of each client's training; part of the same-bits promise."
     )
+
+
+def quorum(min_completion: float, cohort: int) -> int:
+    """Return how many valid replies a round of so many clients needs: at least one, at most all."""
+    # 0.3 × 10 is a little above 3
+    return max(1, math.ceil(min(1.0, max(0.0, min_completion)) * cohort - 1e-9))
 
 
 class FederationSettings(Section):

@@ -6,14 +6,13 @@ committed, with the replies it had received.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from common.errors import RunError
-from common.experiment import Experiment
+from common.experiment import Experiment, quorum
 from common.federation import ServerState
 from common.workspace import cpu_threads
 from server.certificate import write_certificate
@@ -119,9 +118,8 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
 def _merged(federation: Federation, state: ServerState, collection: Collection) -> ServerState:
     """Merge what was collected if the quorum holds; otherwise the round has failed and changes nothing."""
     record = collection.record
-    # 0.3 × 10 is a little above 3
-    quorum = math.ceil(federation.experiment.federation.min_completion * len(record.cohort) - 1e-9)
-    needed = max(1, quorum, federation.rule.least_updates)
+    settings = federation.experiment.federation
+    needed = max(quorum(settings.min_completion, len(record.cohort)), federation.rule.least_updates)
     if record.status != "failed" and len(collection.accepted) < needed:
         record.status = "failed"
         count = len(collection.accepted)

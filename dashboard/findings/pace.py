@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -19,12 +18,6 @@ STEPS = {
     "committed": "done; the next one begins",
     "failed": "failed; the next one begins",
 }
-
-
-def replies_needed(share: float, asked: int) -> int:
-    """Return how many valid replies a round needs, from ``federation.min_completion``."""
-    # 0.3 × 10 is a little above 3
-    return max(1, math.ceil(min(1.0, max(0.0, share)) * asked - 1e-9))
 
 
 def time_left(recent: Sequence[float], rounds: int, elapsed: float) -> float | None:

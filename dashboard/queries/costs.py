@@ -9,6 +9,7 @@ import pandas as pd
 from sqlalchemy import Connection, Double, cast, func, or_, select
 
 from common.store.models import MetricRow, RoundRow
+from dashboard.findings.timelines import LONGEST_S
 from dashboard.queries.rounds import POINTS, SPREAD_POINTS, gathered, holds, thinned
 from dashboard.queries.tables import finite, table_of
 from dashboard.settings import positive
@@ -17,8 +18,6 @@ BARS = 120
 """Bars of a chart over rounds; where there are more rounds, a bar stands for several."""
 PHASES = ("train", "aggregate", "evaluate")
 """Phases of the server whose seconds a round keeps."""
-LONGEST_S = 1e9
-"""What takes longer was not measured by a clock."""
 ENERGIES = ("discarded_energy", "download_discarded_energy")
 
 

@@ -83,10 +83,6 @@ def likeness(connection: Connection, run: str, number: int) -> Likeness | str:
 
 def of_merge(connection: Connection, run: str, number: int) -> pd.DataFrame:
     """Return what a round's merge is like: columns layer, effective_rank, merged_norm."""
-
-    def named(name: str) -> ColumnElement[float | None]:
-        return func.max(case((MetricRow.name == name, MetricRow.value))).label(name)
-
     wanted = (
         MetricRow.run == run,
         MetricRow.round == number,
@@ -95,7 +91,9 @@ def of_merge(connection: Connection, run: str, number: int) -> pd.DataFrame:
         MetricRow.client == "",
         finite(MetricRow.value),
     )
-    statement = select(MetricRow.layer, named("effective_rank"), named("merged_norm")).where(*wanted)
+    statement = select(MetricRow.layer, *(_named(name, name) for name in ("effective_rank", "merged_norm"))).where(
+        *wanted
+    )
     return table_of(connection, statement.group_by(MetricRow.layer).order_by(MetricRow.layer))
 
 
@@ -108,10 +106,6 @@ def norms(connection: Connection, run: str, rounds: tuple[int, ...]) -> pd.DataF
 
 def directions(connection: Connection, run: str, number: int) -> pd.DataFrame:
     """Return where each client's update went in a round: columns client, cosine, norm; lowest cosine first."""
-
-    def named(name: str, label: str) -> ColumnElement[float | None]:
-        return func.max(case((MetricRow.name == name, MetricRow.value))).label(label)
-
     wanted = (
         MetricRow.run == run,
         MetricRow.round == number,
@@ -120,10 +114,15 @@ def directions(connection: Connection, run: str, number: int) -> pd.DataFrame:
         MetricRow.layer == "",
         finite(MetricRow.value),
     )
-    columns = (named("cosine_to_mean", "cosine"), named("update_norm", "norm"))
+    columns = (_named("cosine_to_mean", "cosine"), _named("update_norm", "norm"))
     statement = select(MetricRow.client, *columns).where(*wanted).group_by(MetricRow.client)
     found = table_of(connection, statement.order_by(MetricRow.client))
     return found.sort_values("cosine", kind="stable", ignore_index=True)
+
+
+def _named(name: str, label: str) -> ColumnElement[float | None]:
+    """Pick one metric of a group as a column."""
+    return func.max(case((MetricRow.name == name, MetricRow.value))).label(label)
 
 
 def agreement(connection: Connection, run: str, rounds: tuple[int, ...]) -> pd.DataFrame:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Double, cast, func, select
 
-from common.store import Round, Run
+from common.store import Round
 from common.store.models import ClientRoundRow, EventRow, RoundRow
-from common.store.reading import find_run, read_rounds
+from common.store.reading import read_rounds
+from dashboard.findings.timelines import LONGEST_S
 from dashboard.queries.clients import work
-from dashboard.queries.costs import LONGEST_S
 from dashboard.queries.rounds import federation_metric
 from dashboard.queries.runs import LOSSES
 from dashboard.queries.tables import finite
@@ -101,11 +101,6 @@ class Clients:
     missing: tuple[tuple[str, int, str, str], ...]
     seconds: tuple[tuple[str, float], ...]
     slowest: tuple[str, float] | None
-
-
-def row_of(connection: Connection, run: str) -> Run:
-    """Return a run as its row is now."""
-    return find_run(connection, run)
 
 
 def standing(connection: Connection, run: str) -> Standing:

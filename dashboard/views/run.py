@@ -9,8 +9,9 @@ import streamlit as st
 
 from common.errors import StoreError
 from common.store import Run
+from common.store.reading import find_run
 from dashboard.pieces import chosen_or_stop, guarded, live
-from dashboard.queries.standing import row_of, standing, watched_clients
+from dashboard.queries.standing import standing, watched_clients
 from dashboard.session import source, state_of
 from dashboard.views.run_adapter import adapter, samples
 from dashboard.views.run_configuration import configuration
@@ -68,14 +69,14 @@ def _seen_if_readable(run: Run) -> Seen | None:
 
 def seen(run: Run) -> Seen:
     """Look how a run stands now."""
-    look = source().look(run.id)
-    return Seen(_as_now(run), state_of(_as_now(run)), look.ask(standing, run.id), look.ask(watched_clients, run.id))
+    look, now = source().look(run.id), _as_now(run)
+    return Seen(now, state_of(now), look.ask(standing, run.id), look.ask(watched_clients, run.id))
 
 
 def _as_now(run: Run) -> Run:
     """Read the run's row past all that is kept: signs of life are no change. Without a store it is as it was."""
     try:
         with source().reading() as connection:
-            return row_of(connection, run.id)
+            return find_run(connection, run.id)
     except StoreError:
         return run

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import streamlit as st
 
+from common.experiment import quorum
 from common.store import Run, RunStatus, last_sign
 from common.wording import counted, duration, size
 from dashboard.commands import typed
 from dashboard.findings.alarms import Alarm, Facts, Missing, alarms
-from dashboard.findings.pace import ago, phase, replies_needed, time_words
+from dashboard.findings.pace import ago, phase, time_words
 from dashboard.metric_words import metric_words
 from dashboard.queries.standing import Clients, Standing
 from dashboard.session import source
@@ -120,7 +121,7 @@ def facts_of(seen: Seen) -> Facts:
 
 
 def _needed(run: Run, asked: int) -> int:
-    return min(asked, replies_needed(amount(run, "federation.min_completion", 0.5), asked)) if asked else 0
+    return quorum(amount(run, "federation.min_completion", 0.5), asked) if asked else 0
 
 
 def _seconds(later: datetime, earlier: datetime) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +11,8 @@ from streamlit.elements.lib.column_types import ColumnConfig
 
 from common.store import Run, RunStatus
 from common.wording import duration, size
+from dashboard.findings.timelines import LONGEST_S
+from dashboard.settings import number
 from dashboard.states import state_words
 from dashboard.views.cells import Writer
 from dashboard.words import visible
@@ -21,8 +22,6 @@ WRITERS: Mapping[str, Writer] = {"traffic": size, "disk": size, "seconds": durat
 """How numbers are written that have no format of their own."""
 NARROW = ("open", "strategy", "loss", "traffic", "state", "rounds", "name")
 """Columns on a phone."""
-LONGEST_S = 100 * 365 * 86_400
-"""What is taken for a duration; numbers beyond it are no time a run took."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,10 @@ def _row(
         "strategy": visible(run.strategy, 60),
         "rounds": f"{done} of {planned}",
         "done": min(100, max(0, 100 * done // planned)) / 100 if planned > 0 else None,
-        "loss": _finite(run.best_metric),
+        "loss": number(run.best_metric),
         "losses": losses,
         "judged": JUDGED_BY.get(judged, ""),
-        "epsilon": _finite(costs.get("epsilon")),
+        "epsilon": number(costs.get("epsilon")),
         "traffic": _sum(costs.get("bytes_up"), costs.get("bytes_down")),
         "seconds": _time(costs.get("seconds")),
         "started": run.created_at,
@@ -144,17 +143,13 @@ def _row(
     }
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _sum(*values: float | None) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
 def _time(seconds: float | None) -> float | None:
-    known = _finite(seconds)
+    known = number(seconds)
     return None if known is None or not 0 <= known <= LONGEST_S else float(round(known))
 
 

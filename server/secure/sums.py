@@ -6,7 +6,6 @@ too few, the round fails before anything is revealed.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 
 from common.errors import ClientError, RejectedUpdate, SumFailed
+from common.experiment import quorum
 from common.federation import ClientUpdate, ServerState
 from common.messages import (
     KeysAnswer,
@@ -175,9 +175,8 @@ class SecureSum:
         words, cohort = f"{len(sealed)} clients train", len(self.record.cohort)
         announce("dispatched", words, self.record.number, clients=sorted(sealed), k=len(sealed), n=cohort)
         names = self.asking.ask("uploads", sorted(sealed), request, take)
-        # 0.3 × 10 is a little above 3
-        quorum = math.ceil(self.federation.experiment.federation.min_completion * len(self.record.cohort) - 1e-9)
-        self.asking.require(len(names), max(quorum, self._needed(keys)), "uploaded a masked update")
+        needed = quorum(self.federation.experiment.federation.min_completion, cohort)
+        self.asking.require(len(names), max(needed, self._needed(keys)), "uploaded a masked update")
         return names
 
     def _unmask(self, keys: Keys, participants: set[str], survivors: Sequence[str]) -> dict[str, UnmaskAnswer]:

@@ -270,7 +270,9 @@ def test_a_run_that_fails_ends_with_3_and_is_shown(place: Path) -> None:
 def test_ctrl_c_leaves_a_run_that_resume_continues(place: Path, done: Ended) -> None:
     home = place / "interrupted"
     command = [*PROGRAM, "simulate", "tiny.toml", "--json", "--home", home, "--set", "federation.rounds=50"]
-    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
         next(line for line in lines_of(process) if line.startswith("round 1 of 50"))
         with RunStore.open(home, read_only=True) as store:
             (run,) = store.runs()
@@ -287,6 +289,11 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(place: Path, done: Ended) -> 
     assert resumed.values["status"] == "completed"
     assert [row["round"] for row in resumed.values["rounds"]] == list(range(left["rounds_done"] + 2))
     assert resumed.values["rounds"][: len(left["rounds"])] == left["rounds"]
+
+
+def hear_interrupts() -> None:
+    """Undo what a shell does to programs it starts in the background: they, and what they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:

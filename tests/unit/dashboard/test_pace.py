@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from dashboard.findings.pace import ago, phase, replies_needed, rough, time_left, time_words
+from common.experiment import quorum
+from dashboard.findings.pace import ago, phase, rough, time_left, time_words
 
 
 @pytest.mark.parametrize(
     ("share", "asked", "needed"), [(0.5, 4, 2), (0.5, 5, 3), (0.3, 10, 3), (0.0, 4, 1), (1.0, 7, 7), (1e308, 4, 4)]
 )
 def test_replies_needed_are_those_of_the_server(share: float, asked: int, needed: int) -> None:
-    assert replies_needed(share, asked) == needed
+    assert quorum(share, asked) == needed
 
 
 @pytest.mark.parametrize(

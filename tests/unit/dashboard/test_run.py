@@ -235,7 +235,7 @@ def test_a_part_that_breaks_says_so_and_the_others_stand(
 def test_a_page_that_breaks_says_so(
     page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dashboard.views.run.row_of", lambda *_: 1 / 0)
+    monkeypatch.setattr("dashboard.views.run.find_run", lambda *_: 1 / 0)
     assert "ZeroDivisionError division by zero" in page().error[0].value
     assert "Traceback" in caplog.text
     caplog.clear()
