@@ -27,6 +27,11 @@ runs = typer.Typer(no_args_is_help=True)
 app.add_typer(runs, name="runs", help="List, show, move and delete runs.")
 database = typer.Typer(no_args_is_help=True)
 app.add_typer(database, name="database", help="Upgrade and back up the database of runs.")
+privacy = typer.Typer(no_args_is_help=True)
+app.add_typer(privacy, name="privacy", help="The ledger of what was spent, and an audit of the noise.")
+
+
+PERSISTENT_LEDGER = "simulation.persistent_ledger=true"
 
 
 class Driver(StrEnum):
@@ -138,6 +143,24 @@ WithoutReplies = Annotated[
 ]
 PackedFile = Annotated[Path, typer.Argument(hidden=True)]
 NewId = Annotated[str | None, typer.Option("--as", metavar="ID", help="Id of the run here. [default: the one it had]")]
+PersistentLedger = Annotated[
+    bool,
+    typer.Option(
+        "--persistent-ledger", help="Count what clients spend of their privacy over all experiments of this home."
+    ),
+]
+OnlyRun = Annotated[str | None, typer.Option("--run", metavar="RUN", help="Only this run.")]
+OnlyClient = Annotated[str | None, typer.Option("--client", metavar="NAME", help="Only this client.")]
+AuditedSource = Annotated[str | None, typer.Argument(hidden=True)]
+AuditedNoise = Annotated[
+    float | None, typer.Option("--noise-multiplier", metavar="X", help="Noise of the one setting to audit.")
+]
+AuditedRate = Annotated[float | None, typer.Option("--sample-rate", metavar="Q", help="Its sample rate.")]
+AuditedSteps = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, max=100_000, help="Its steps.")]
+Canaries = Annotated[
+    int | None,
+    typer.Option("--canaries", metavar="M", min=200, max=20_000, help="Rows made up for the audit. [default: 2000]"),
+]
 Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -175,6 +198,7 @@ def simulate(
     source: Source,
     settings: Settings = None,
     driver: WhichDriver = None,
+    persistent_ledger: PersistentLedger = False,
     home: Home = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -187,6 +211,7 @@ def simulate(
     from simulations.terminal import verbs
 
     chosen = [f"simulation.driver={driver}"] if driver else []
+    chosen += [PERSISTENT_LEDGER] if persistent_ledger else []
     return verbs.simulate(source, [*(settings or []), *chosen], _output(home, as_json, quiet))
 
 
@@ -198,6 +223,7 @@ def resume(
     source: Same = None,
     settings: Settings = None,
     any_code: AnyCode = False,
+    persistent_ledger: PersistentLedger = False,
     home: Home = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -209,7 +235,9 @@ def resume(
     """
     from simulations.terminal import verbs
 
-    return verbs.resume(run, rounds, from_round, source, settings or [], any_code, _output(home, as_json, quiet))
+    chosen = [PERSISTENT_LEDGER] if persistent_ledger and source else []
+    changed, output = [*(settings or []), *chosen], _output(home, as_json, quiet)
+    return verbs.resume(run, rounds, from_round, source, changed, any_code, persistent_ledger, output)
 
 
 @app.command()
@@ -407,6 +435,39 @@ def back_up_database(out: PackTo, home: Home = None, database_url: DatabaseUrl =
     from simulations.terminal import keeping
 
     return keeping.back_up_database(out, database_url, _output(home, as_json))
+
+
+@privacy.command("ledger")
+def show_ledgers(run: OnlyRun = None, client: OnlyClient = None, home: Home = None, as_json: Json = False) -> int:
+    """List every data set, run and round with its privacy cost.
+
+    A round is reserved before it is trained, and counts in full from then on. RUN is the id of a run, the beginning of
+    an id, or `last`.
+    """
+    from simulations.terminal import ledger_tables
+
+    return ledger_tables.show_ledgers(run, client, _output(home, as_json))
+
+
+@privacy.command("audit")
+def audit_privacy(
+    source: AuditedSource = None,
+    settings: Settings = None,
+    noise: AuditedNoise = None,
+    rate: AuditedRate = None,
+    steps: AuditedSteps = None,
+    canaries: Canaries = None,
+    as_json: Json = False,
+    _plugins: Plugins = None,
+) -> int:
+    """Check with canaries that the noise is really there.
+
+    SOURCE is the name of a preset or the path of an experiment file, whose noise, clipping and engine are audited;
+    without it two settings are that show most. The exit code is 3 if the audit is not passed.
+    """
+    from simulations.terminal.auditing import Asked, run_audit
+
+    return run_audit(source, settings or [], Asked(noise, rate, steps), canaries, _output(None, as_json))
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ from flwr.clientapp import ClientApp
 from client.node import Node, node_of
 from client.secure.steps import give_keys, give_shares, lift_masks
 from client.work import evaluate_order, present, train_order
-from common.errors import LoRAFleetError
+from common.errors import BudgetExhausted, LoRAFleetError
 from common.flower import ErrorCode
+from common.messages import BUDGET_EXHAUSTED
 from common.workspace import cpu_threads
 
 app = ClientApp()
@@ -59,5 +60,7 @@ def _reply(work: Callable[[Node, RecordDict], RecordDict], message: Message, con
         node = node_of(context)
         with cpu_threads(node.experiment.training.threads):
             return Message(work(node, message.content), reply_to=message)
+    except BudgetExhausted as error:
+        return Message(Error(BUDGET_EXHAUSTED, str(error)), reply_to=message)
     except LoRAFleetError as error:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
 
+from client.owner import read_owner
+from client.privacy.places import LEDGER, home_ledger, run_ledger
 from common.errors import ClientError
 from common.experiment import Experiment
 from common.experiment_file import carried_experiment
+from common.privacy.settings import Budget
 from common.tasks import Clients, clients_key
 
 
@@ -30,6 +33,10 @@ class Node:
         Where the client keeps its state between rounds; None keeps nothing.
     shared : Path or None
         Where all clients of this machine keep what is the same for all.
+    ledger : Path or None
+        File that limits what the client's data are used for under privacy; None can keep no such promise.
+    budget : Budget or None
+        The owner's own limit.
     """
 
     name: str
@@ -37,6 +44,8 @@ class Node:
     clients: Clients
     folder: Path | None
     shared: Path | None
+    ledger: Path | None = None
+    budget: Budget | None = None
 
 
 def node_of(context: Context) -> Node:
@@ -46,7 +55,9 @@ def node_of(context: Context) -> Node:
     order of their names.
     """
     experiment, clients = _read(str(context.run_config["experiment"]))
-    name = context.node_config.get("name")
+    place = str(context.node_config.get("owner", ""))
+    owner = read_owner(Path(place)) if place else None
+    name = context.node_config.get("name") or (owner.name if owner else None)
     if name is None:
         number = int(context.node_config["partition-id"])
         if number >= len(clients):
@@ -55,7 +66,16 @@ def node_of(context: Context) -> Node:
     home = str(context.run_config.get("home", ""))
     run = str(context.run_config.get("run-id", ""))
     shared = Path(home) / "runs" / run / "clients" if home and run else None
-    return Node(str(name), experiment, clients, shared / str(name) if shared else None, shared)
+    node = Node(str(name), experiment, clients, shared / str(name) if shared else None, shared)
+    if owner is not None:  # a ledger of its own, which counts all experiments, whatever this one says
+        return replace(node, ledger=Path(place).absolute().parent / LEDGER, budget=owner.budget)
+    settings = dict(clients).get(node.name)
+    budget = settings.budget if settings else None
+    if shared is None:
+        return replace(node, budget=budget)
+    everything = experiment.simulation.persistent_ledger
+    ledger = home_ledger(Path(home), node.name) if everything else run_ledger(Path(home), run, node.name)
+    return replace(node, ledger=ledger, budget=budget)
 
 
 @lru_cache(maxsize=4)

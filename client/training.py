@@ -67,14 +67,14 @@ def train(
     settings, adapted = workspace.experiment.training, workspace.adapted
     parameters = adapted.train_only(trains)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    penalties = _penalties(adapted, parameters, settings.proximal_mu, tail)
+    penalties = penalties_of(adapted, parameters, settings.proximal_mu, tail)
     device = parameters[0].device
     precision = autocast_dtype(settings.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     seed = derive_seed(workspace.experiment.seed, "batches", position.round, position.client)
     batches = numbers_of_batches(len(rows), settings.batch_size, seed)
     losses = []
-    with _training_mode(adapted.model, optimizer):
+    with training_mode(adapted.model, optimizer):
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, position, step)
@@ -112,7 +112,7 @@ def _gradients(
     return total
 
 
-def _penalties(
+def penalties_of(
     adapted: AdaptedModel, parameters: Sequence[nn.Parameter], mu: float, tail: tuple[float, float] | None
 ) -> list[Callable[[], Tensor]]:
     """List what is added to the data's loss once per step; nothing by default, so that no bit changes."""
@@ -134,7 +134,7 @@ def _factors(adapted: AdaptedModel) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _training_mode(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def training_mode(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Switch to training; whatever happens, the worker's next client finds neither that mode nor old gradients."""
     model.train()
     try:

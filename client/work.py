@@ -20,6 +20,9 @@ from client.held import held, hold
 from client.memory import recall
 from client.node import Node
 from client.own import OWN, keep_own, with_own
+from client.privacy.account import Permit, admit, settle
+from client.privacy.telling import check_owner, check_telling, only_public
+from client.privacy.training import prepare, train_privately
 from client.secure.masking import Mask, join_sum
 from client.secure.vault import end_session
 from client.training import Position, train
@@ -31,7 +34,7 @@ from common.fingerprint import code_fingerprint
 from common.messages import EvaluateAnswer, EvaluateOrder, ModelOrder, Presence, Query, TrainAnswer, TrainOrder
 from common.seeds import derive_seed
 from common.start import starting_adapter
-from common.tasks import ClientData
+from common.tasks import ClientData, Rows
 from common.travel import untrained_hash
 from common.wire import Parcel, read_message, unseal, write_message
 from common.workspace import Workspace, choose_device, model_spec, workspace
@@ -68,9 +71,11 @@ def train_order(node: Node, content: RecordDict) -> RecordDict:
     if node.folder and (stored := stored_answer(node.folder, key)):
         return stored
     drop_out(node, order.round)
-    answer, update = _train(node, order, parcels, join_sum(node, order, key), watch)
+    answer, update, permit = _train(node, order, parcels, join_sum(node, order, key), watch)
     if node.folder:
         keep_answer(node.folder, key, answer, update)
+    if permit is not None:
+        settle(node, permit)
     return write_message(answer, {"update": update})
 
 
@@ -81,6 +86,7 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
     check_order(order.fingerprint, order.client, node)
     end_session(node, order.round)
     place = workspace(node.experiment)
+    check_telling(node, place.task)
     held_out = _data(place, node).held_out
     known = _known(node, order, parcels)
     start = unseal(_parcel(parcels, "start"), known)
@@ -102,7 +108,7 @@ def evaluate_order(node: Node, content: RecordDict) -> RecordDict:
 
 def _train(
     node: Node, order: TrainOrder, parcels: Mapping[str, Parcel], mask: Mask | None, watch: Stopwatch
-) -> tuple[TrainAnswer, Parcel]:
+) -> tuple[TrainAnswer, Parcel, Permit | None]:
     place = workspace(node.experiment)
     rows = _data(place, node).train
     known = _known(node, order, parcels)
@@ -115,7 +121,7 @@ def _train(
     place.adapted.load(start, seed, dispatch)
     ready = watch.seconds()
     dawdle(node, order.round)
-    metrics = train(place, rows, Position(order.round, order.rounds, node.name), order.trains, order.tail)
+    metrics, permit = _learn(node, place, rows, order)
     trained = place.adapted.read()
     if is_attacker(node):
         trained = lied(start, trained, node.experiment.simulation.attack_scale)
@@ -133,9 +139,22 @@ def _train(
         holds=_holds(node, order),
         frozen_hash=untrained_hash(trained, dispatch),
     )
+    answer = only_public(answer, node.experiment.privacy, permit)
     if mask is not None:
-        return mask.hide(answer, trained, dispatch)
-    return answer, upload(node, order, dispatch, start, trained)
+        return *mask.hide(answer, start, trained, dispatch), permit
+    return answer, upload(node, order, dispatch, start, trained), permit
+
+
+def _learn(node: Node, place: Workspace, rows: Rows, order: TrainOrder) -> tuple[dict[str, float], Permit | None]:
+    """Train; where every row is protected, only as far as the ledger permits, and without a word about the rows."""
+    position = Position(order.round, order.rounds, node.name)
+    if not node.experiment.privacy.protects_rows:
+        check_owner(node)
+        return train(place, rows, position, order.trains, order.tail), None
+    prepare(place, rows, node.name, order.trains)
+    permit = admit(node, order, rows)
+    train_privately(place, rows, position, permit, order.trains, order.tail)
+    return {}, permit
 
 
 def _known(node: Node, order: ModelOrder, parcels: Mapping[str, Parcel]) -> Dispatch:

@@ -9,10 +9,13 @@
     │   ├── DataError                    a file or data set that cannot be used
     │   └── StoreError                   home, database or artefact cannot be used
     │       ├── CorruptArtefact          a stored file is not what was committed
-    │       └── OutdatedStore            the database is of an older version
+    │       ├── OutdatedStore            the database is of an older version
+    │       └── LedgerError              a privacy ledger is damaged, or in use
     ├── ClientError             reply    one client's answer is left out of the round
     │   ├── TrainingError                local training gave nothing usable
-    │   └── RejectedUpdate               the server's screening refused the answer
+    │   ├── RejectedUpdate               the server's screening refused the answer
+    │   ├── BudgetExhausted              the privacy budget does not allow another round
+    │   └── NotPrivate                   training would not keep its privacy promise
     ├── SumFailed               round    a secure sum lacks clients; its round fails, nothing is revealed
     └── RunError                exit 3   the operator: the run cannot go on
 
@@ -69,6 +72,10 @@ class OutdatedStore(StoreError):
     """The database is of an older version than this code; `lorafleet database upgrade` brings it here."""
 
 
+class LedgerError(StoreError):
+    """A privacy ledger that is damaged, truncated or in use by another process; nothing is trained on its data."""
+
+
 class ClientError(LoRAFleetError):
     """One client's answer cannot be used; the round goes on without it."""
 
@@ -79,6 +86,14 @@ class TrainingError(ClientError):
 
 class RejectedUpdate(ClientError):
     """The server's screening refused an update."""
+
+
+class BudgetExhausted(ClientError):
+    """What is left of a privacy budget does not allow what was asked for; nothing was drawn."""
+
+
+class NotPrivate(ClientError):
+    """A model, loss or setting with which training would not keep its privacy promise."""
 
 
 class SumFailed(LoRAFleetError):

@@ -9,18 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
 from common.errors import ConfigurationError
 from common.plugins import explain
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """Base of the experiment's tables: frozen; unknown keys, infinity and NaN refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from common.privacy.settings import Budget, PrivacySettings
+from common.privacy.telling import private_contradictions, with_private_defaults
+from common.section import Name, Section
 
 
 class PluginChoice(Section):
@@ -75,6 +70,12 @@ class ClientSettings(Section):
         None, ge=1, description="Bytes of one download, instead of federation.download_bytes."
     )
     pool: tuple[str, ...] = Field((), description="Names of clients whose training data it holds together.")
+    sample_rate: float | None = Field(
+        None, gt=0, le=1, description="Chance of each of its rows to be in a step, instead of privacy.sample_rate."
+    )
+    budget: Budget | None = Field(
+        None, description="The owner's own limit; the stricter of it and the experiment's privacy holds."
+    )
     trains: bool = Field(True, description="Takes part in training.")
     evaluates: bool = Field(True, description="Evaluates the model on its held-out part.")
 
@@ -139,7 +140,9 @@ class FederationSettings(Section):
         "skip", description="After a round without quorum: skip to the next one, or stop the run."
     )
     patience: int | None = Field(None, ge=1, description="Stop after this many rounds without a better held-out loss.")
-    weighting: Literal["examples", "equal"] = Field("examples", description="Weight of a client in the average.")
+    weighting: Literal["examples", "equal"] = Field(
+        "examples", description="Weight of a client in the average; equal by default where privacy hides their number."
+    )
     max_num_examples: int = Field(
         10_000_000, ge=1, description="Replies that claim more examples than this are left out."
     )
@@ -175,7 +178,8 @@ class EvaluationSettings(Section):
     """Where and how often the model is evaluated."""
 
     on: tuple[Literal["clients", "server"], ...] = Field(
-        ("clients",), description="clients: each on its held-out part; server: on the task's public data."
+        ("clients",),
+        description="clients: each on its held-out part; server: on the task's public data, the default under privacy.",
     )
     every: int = Field(1, ge=1, description="Evaluate every so many rounds; round 0 and the last one always.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that evaluate, sampled once per run.")
@@ -207,6 +211,11 @@ class SimulationSettings(Section):
     straggler_delay_s: float = Field(5.0, gt=0, description="Seconds a straggler waits before it answers.")
     attackers: int = Field(0, ge=0, description="Clients that lie, drawn from the seed.")
     attack_scale: float = Field(-10.0, ge=-1e6, le=1e6, description="Attackers multiply what they learned by this.")
+    persistent_ledger: bool = Field(
+        False,
+        description="Count what clients spend of their privacy over all experiments of this home "
+        "(--persistent-ledger); otherwise a budget counts one run only.",
+    )
     client_cpus: int = Field(1, ge=1, description="CPUs per client (ray driver).")
     client_gpus: float = Field(0.0, ge=0, description="GPUs per client (ray driver).")
 
@@ -233,13 +242,14 @@ class Experiment(Section):
     )
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="Local training.")
     federation: FederationSettings = Field(default_factory=FederationSettings, description="Rounds and cohorts.")
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="Differential privacy.")
     secure_aggregation: SecureSettings = Field(default_factory=SecureSettings, description="Masked uploads.")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Evaluation.")
     simulation: SimulationSettings = Field(default_factory=SimulationSettings, description="Simulation.")
 
     @classmethod
     def parse(cls, table: Mapping[str, Any]) -> Experiment:
-        """Build an experiment from nested tables.
+        """Build an experiment from nested tables; under privacy some defaults differ.
 
         Raises
         ------
@@ -247,7 +257,7 @@ class Experiment(Section):
             With every unknown key, wrong value and contradiction at once.
         """
         try:
-            experiment = cls.model_validate(dict(table))
+            experiment = cls.model_validate(with_private_defaults(table))
         except ValidationError as error:
             raise ConfigurationError(explain(error, "experiment", cls)) from None
         if problems := experiment.contradictions():
@@ -294,7 +304,7 @@ class Experiment(Section):
             )
         if federation.patience and not self.evaluation.on:
             found.append('federation.patience needs evaluations; set evaluation.on = ["clients"]')
-        return found
+        return found + private_contradictions(self)
 
     def simulated_clients(self) -> dict[str, ClientSettings]:
         """List the clients of a simulation by name, virtual ones made up, in the order of their names."""

@@ -7,13 +7,16 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import ClientError
-from common.experiment import Name
 from common.federation import TrainedFactors
+from common.section import Name
 
 MAX_HEADER = 1 << 20
 """Characters a header may have; beyond it a message is refused unread."""
 
 HASH = "^[0-9a-f]{64}$"
+
+BUDGET_EXHAUSTED = 10_001
+"""Code of the error message of a client whose privacy budget is spent; Flower's own codes are far below."""
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 """How long something took."""
@@ -90,6 +93,19 @@ class TrainOrder(ModelOrder):
     masking: Masking | None = None
 
 
+class PrivacyReport(Header):
+    """What a round of training under privacy cost, in declared public numbers only."""
+
+    noise_multiplier: float = Field(gt=0, le=1e9, allow_inf_nan=False)
+    clipping_norm: float = Field(gt=0, allow_inf_nan=False)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+    delta: float = Field(gt=0, lt=1)
+    epsilon: float = Field(ge=0, allow_inf_nan=False, description="Of the run up to this round, as accounted.")
+    second_epsilon: float | None = Field(None, ge=0, allow_inf_nan=False, description="By the other accountant.")
+    rounds_left: int = Field(0, ge=0, description="Further rounds that the budget allows.")
+
+
 class TrainAnswer(Header):
     """What training gave; the ``update`` travels beside it."""
 
@@ -103,6 +119,7 @@ class TrainAnswer(Header):
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     frozen_hash: str | None = Field(None, max_length=64)
     session: str = Field("", max_length=64, description="Secure session the update is masked for.")
+    privacy: PrivacyReport | None = Field(None, description="Under sample-level privacy; then nothing else is told.")
     holds: tuple[str, ...] = Field((), max_length=2, description="Hashes of the global adapter and frames it keeps.")
 
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
+from types import ModuleType, NoneType, UnionType
+from typing import Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -192,6 +192,7 @@ def _place(location: Sequence[str | int], model: type[BaseModel]) -> tuple[str, 
     for part in location:
         if part == "[key]":  # what was to be a key is itself the fault
             break
+        kind = _without_none(kind)
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             known = list(kind.model_fields)
             field = kind.model_fields.get(str(part))
@@ -202,3 +203,9 @@ def _place(location: Sequence[str | int], model: type[BaseModel]) -> tuple[str, 
             continue
         path.append(str(part))
     return ".".join(path), known
+
+
+def _without_none(kind: Any) -> Any:
+    """Return what an optional value is where it is there."""
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return members[0] if get_origin(kind) in (Union, UnionType) and len(members) == 1 else kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def size(nbytes: float) -> str:
     """Write a number of bytes for people."""
@@ -26,6 +28,12 @@ def duration(seconds: float) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """Write a number that may be missing."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """Write names as a list in a sentence: the first ones, and how many there are beside them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def counted(count: int, noun: str) -> str:

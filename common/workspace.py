@@ -18,6 +18,7 @@ from common.errors import ConfigurationError
 from common.experiment import Experiment
 from common.federation import ModelSpec
 from common.methods import METHODS, AdapterMethod
+from common.privacy.settings import UNIT
 from common.tasks import TASKS, Task
 
 
@@ -36,7 +37,9 @@ _local = threading.local()
 
 def workspace(experiment: Experiment) -> Workspace:
     """Return this thread's workspace; its model is kept for as long as task, adapter and training stay the same."""
-    settings = experiment.model_dump_json(include={"task", "adapter", "training"})
+    settings = experiment.model_dump_json(
+        include={"task": True, "adapter": True, "training": True, "privacy": {"mode"}}
+    )
     if getattr(_local, "settings", None) != settings:
         _local.workspace, _local.settings = _build(experiment), settings
     found: Workspace = _local.workspace
@@ -59,8 +62,17 @@ def _build(experiment: Experiment) -> Workspace:
 
 
 def task_of(experiment: Experiment) -> Task:
-    """Build the experiment's task."""
-    return TASKS.create(experiment.task.name, experiment.task.options)
+    """Build the experiment's task; where every row is protected, some of its defaults differ."""
+    name, options = experiment.task.name, experiment.task.options
+    if experiment.privacy.protects_rows:
+        options = {**TASKS.plugin(name).private_options, **options}
+    return TASKS.create(name, options)
+
+
+def protected_unit(experiment: Experiment) -> str:
+    """Say what an experiment's privacy protects: with or without it the run turns out nearly the same."""
+    privacy = experiment.privacy
+    return task_of(experiment).row if privacy.protects_rows else UNIT[privacy.mode]
 
 
 def method_of(experiment: Experiment) -> AdapterMethod:

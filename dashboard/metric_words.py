@@ -32,7 +32,10 @@ KNOWN = {
     "trust": MetricWords("trust of the robust rule", "share of its weight", True),
     "download_discarded_energy": MetricWords("energy lost in its download", "share of the squared norm"),
     "epsilon": MetricWords("privacy spent", "ε"),
+    "second_epsilon": MetricWords("privacy spent, by the second accountant", "ε"),
+    "rounds_left": MetricWords("rounds left in the privacy budget", "rounds", True),
     "noise_multiplier": MetricWords("noise multiplier", "noise multiplier", True),
+    "clipping_norm": MetricWords("clipping norm", "norm"),
 }
 _BETTER = ("accuracy", "cosine", "trust", "score", "agreement", "f1")
 

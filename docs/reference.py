@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common.experiment import ClientSettings, Experiment, PluginChoice, Section
+from common.experiment import ClientSettings, Experiment, PluginChoice
+from common.privacy.settings import Budget
+from common.section import Section
 from strategies.matrix import capability_matrix
 from strategies.sections import SECTIONS
 
@@ -56,6 +58,7 @@ def page() -> str:
         if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, PluginChoice):
             parts += [f"## [{name}]\n", table(kind)]
     parts += ["## [clients.NAME]\n", _first_line(ClientSettings) + "\n", table(ClientSettings)]
+    parts += ["## [clients.NAME.budget]\n", _first_line(Budget) + "\n", table(Budget)]
     for section, family in SECTIONS.items():
         for name in family.names():
             plugin = family.plugin(name)

@@ -17,7 +17,7 @@ from common.experiment_file import carried_experiment
 from common.fingerprint import run_fingerprint
 from common.home import default_home
 from common.store import Run, RunLock, RunStatus, RunStore
-from common.workspace import method_of, model_spec
+from common.workspace import method_of, model_spec, protected_unit
 from server.federation import Federation
 from server.heartbeat import heartbeat
 from server.initial import initial_state
@@ -52,7 +52,7 @@ def _new_run(store: RunStore, text: str) -> str:
 def create_run(store: RunStore, experiment: Experiment) -> Run:
     """Enter a new run into the store."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return store.create_run(
+    run = store.create_run(
         f"{stamp}-{experiment.name}-{secrets.token_hex(2)}",
         name=experiment.name,
         task=experiment.task.name,
@@ -62,6 +62,10 @@ def create_run(store: RunStore, experiment: Experiment) -> Run:
         rounds_planned=experiment.federation.rounds,
         fingerprint=run_fingerprint(),
     )
+    if experiment.privacy.mode != "none":
+        unit = protected_unit(experiment)
+        store.add_event(run.id, "privacy", f"what is protected: {unit}", data={"unit": unit})
+    return run
 
 
 def _run_locked(grid: Grid, store: RunStore, run: str) -> None:

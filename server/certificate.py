@@ -29,8 +29,9 @@ HELD_BYTES = 1 << 28
 def write_certificate(federation: Federation, state: ServerState, collection: Collection) -> None:
     """Measure a round's merge and write it into its record."""
     record = collection.record
-    record.exact = federation.strategy.is_exact()
-    hidden = federation.experiment.secure_aggregation.enabled
+    private = federation.experiment.privacy.protects_clients
+    record.exact = federation.strategy.is_exact() and not private
+    hidden = private or federation.experiment.secure_aggregation.enabled
     if hidden or not federation.experiment.evaluation.certificate or state.merged is None:
         return
     weights = {name: collection.weights[name] for name in collection.accepted}

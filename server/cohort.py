@@ -20,6 +20,12 @@ def choose(names: Iterable[str], count: int, seed: int, *purpose: str | int) -> 
     return sorted(ranked[:count])
 
 
+def planned_cohort(experiment: Experiment, training: int) -> int:
+    """Return how many of the clients that train do so in one round, when all of them are there."""
+    federation = experiment.federation
+    return min(federation.cohort_size or max(1, round(federation.cohort_fraction * training)), training)
+
+
 def training_cohort(
     experiment: Experiment, clients: Mapping[str, ClientSettings], number: int, online: Iterable[str]
 ) -> list[str]:
@@ -41,6 +47,8 @@ def training_cohort(
         name for name in sorted(online) if clients.get(name, DEFAULTS).trains and not _is_away(experiment, number, name)
     ]
     count = federation.cohort_size or max(1, round(federation.cohort_fraction * len(here)))
+    if experiment.privacy.protects_clients:  # what the sum is divided by must not depend on who is there
+        count = planned_cohort(experiment, sum(settings.trains for settings in clients.values()))
     return choose(here, count, experiment.seed, "cohort", number)
 
 

@@ -11,6 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.flower import ErrorCode, abandon_messages, error_name, wait_for_replies
+from common.messages import BUDGET_EXHAUSTED
 
 
 class Addressed(Protocol):
@@ -32,6 +33,7 @@ _FATES = {
     ErrorCode.MESSAGE_UNAVAILABLE: "late",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "late",
     ErrorCode.NODE_UNAVAILABLE: "offline",
+    BUDGET_EXHAUSTED: "exhausted",
 }
 _RAISED = re.compile(r"<class '(?P<kind>[\w.]+)'>:<'(?P<text>.*)'>", re.DOTALL)
 
@@ -57,7 +59,7 @@ def exchange(
     answered : callable
         Gets the order and the reply's message.
     failed : callable
-        Gets the order, ``failed``, ``late`` or ``offline``, and the reason.
+        Gets the order, ``failed``, ``late``, ``offline`` or ``exhausted`` (its privacy budget), and the reason.
     meanwhile : callable, optional
         Work for this process while the clients are busy.
     """

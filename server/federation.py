@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
@@ -18,6 +19,9 @@ from server.ranks import RankChoice, choose_rank
 from strategies import AggregationStrategy
 from strategies.optimizers import OPTIMIZERS, ServerOptimizer
 from strategies.robust import ROBUST, RobustRule
+
+if TYPE_CHECKING:
+    from server.privacy.account import ClientAccount
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,8 @@ class Federation:
         Hashes of the global adapter and the frames each client said it holds; forgotten when the server restarts.
     met : set of str
         Clients that were recorded as members.
+    exhausted : set of str
+        Clients that said their privacy budget is spent; forgotten when the server restarts.
     """
 
     run: str
@@ -61,6 +67,7 @@ class Federation:
     journal: Journal
     holdings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     met: set[str] = field(default_factory=set)
+    exhausted: set[str] = field(default_factory=set)
 
     @cached_property
     def rule(self) -> RobustRule:
@@ -73,10 +80,25 @@ class Federation:
         choice = self.experiment.server_optimizer
         return OPTIMIZERS.create(choice.name, choice.options)
 
+    @cached_property
+    def account(self) -> ClientAccount:
+        """What protecting clients has cost them, read from the journal once."""
+        from server.privacy.account import ClientAccount  # accountants take more than a second to import
+
+        known = {name for name, settings in self.clients.items() if settings.trains}
+        return ClientAccount(self.experiment, known, self.journal.released())
+
     @property
     def gathers(self) -> bool:
         """Whether the replies of a round are merged all at once, as a rule or a cap on weights must see them all."""
         return not self.rule.passes_all or self.experiment.federation.max_weight_share is not None
+
+    def fate(self, client: str, status: str) -> str:
+        """Return the status a client's round ends with; one whose privacy budget is spent is not asked again."""
+        if status != "exhausted":
+            return status
+        self.exhausted.add(client)
+        return "failed"
 
     def order_book(self, state: ServerState) -> OrderBook:
         """Open the orders of one round on one state."""

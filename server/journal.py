@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from common.adapter_file import adapter_bytes, read_state, state_bytes, whole_adapter
-from common.errors import CorruptArtefact
+from common.errors import CorruptArtefact, StoreError
 from common.federation import ModelSpec, ServerState
 from common.messages import TrainAnswer, read_header
 from common.parcel_file import parcel_bytes, read_parcel
@@ -45,6 +45,13 @@ class Begun(NamedTuple):
     attempt: int
 
 
+class Released(NamedTuple):
+    """A committed round whose noise protects clients: noise multiplier, and the clients that have a part in it."""
+
+    noise_multiplier: float
+    clients: tuple[str, ...]
+
+
 class Journal(Protocol):
     """What the round loop needs to remember."""
 
@@ -70,6 +77,10 @@ class Journal(Protocol):
 
     def desk(self, number: int) -> Desk:
         """Return where the answers of a round's secure sum are kept."""
+        ...
+
+    def released(self) -> Sequence[Released]:
+        """Return what the rounds committed so far cost, where clients are protected."""
         ...
 
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
@@ -140,6 +151,27 @@ class StoreJournal:
         """Return where the answers of a round's secure sum are kept."""
         return Desk(self._folder, f"rounds/{number:04d}/secure")
 
+    def released(self) -> list[Released]:
+        """Return what the rounds committed so far cost, where clients are protected.
+
+        Raises
+        ------
+        StoreError
+            If a round's noise is not known any more: what it cost cannot be told.
+        """
+        taken: dict[int, list[str]] = {}
+        for row in self.store.client_rounds(self.run):
+            if row.status == "accepted":
+                taken.setdefault(row.round, []).append(row.client)
+        noise = {each.round: each.value for each in self.store.metrics(self.run, "noise_multiplier", client="")}
+        done = [each.round for each in self.store.rounds(self.run) if each.round and each.status == "committed"]
+        if unknown := [number for number in done if not noise.get(number, 0.0) > 0]:
+            raise StoreError(
+                f"the store does not know the noise of round {unknown[0]}, so what run {self.run} has spent cannot be "
+                "told; begin a new run"
+            )
+        return [Released(noise[number], tuple(taken.get(number, ()))) for number in done]
+
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
         """Write state and samples, then everything else in one transaction."""
         number = record.number
@@ -166,6 +198,7 @@ class StoreJournal:
             seconds=(now - record.started_at).total_seconds(),
             phases=record.phases,
             error=record.error,
+            epsilon=self._spent(record),
             exact=record.exact,
             state_path=place[0],
             state_sha256=place[1],
@@ -201,6 +234,12 @@ class StoreJournal:
         """Return path and hash of the state a round began with: a failed round changes nothing, and has no other."""
         before = self.store.round(self.run, number - 1)
         return (before.state_path, before.state_sha256) if before else (None, None)
+
+    def _spent(self, record: RoundRecord) -> float | None:
+        """Return the largest spending over all clients and rounds so far."""
+        before = self.store.round(self.run, record.number - 1)
+        known = [value for value in (before.epsilon if before else None, record.epsilon) if value is not None]
+        return max(known, default=None)
 
     def _forget_replies(self, number: int) -> None:
         self.desk(number).discard()

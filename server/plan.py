@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from common.adapter import Layout
 from common.base_model import four_bit
 from common.errors import ConfigurationError, LoRAFleetError
 from common.experiment import Experiment
 from common.federation import ModelSpec
-from common.tasks import clients_key
+from common.tasks import Task, clients_key
 from common.workspace import choose_device, method_of, model_spec, task_of
 from server.bounds import bound_refusals
+from server.cohort import planned_cohort
 from server.initial import given_adapter
+from server.privacy.refusals import client_privacy_refusals
+from server.private_refusals import privacy_notices, row_refusals
 from server.ranks import choose_rank
 from server.secure.refusals import secure_refusals
 from server.traffic import WHOLE, Traffic
@@ -25,6 +29,12 @@ from strategies.merging import robust_refusals
 from strategies.optimizers import OPTIMIZERS
 from strategies.robust import ROBUST
 from strategies.sections import SECTIONS
+
+if TYPE_CHECKING:
+    from common.privacy.accounting import Spending
+    from server.private_plan import PrivatePlan
+
+NOTHING_SPENT: Mapping[str, Spending] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Plan:
         Bytes one client may have to fetch at once.
     notices : tuple of str
         What the user should know: clamped ranks, substituted packages.
+    privacy : PrivatePlan or None
+        What is promised and what it takes; None without privacy.
     """
 
     clients: tuple[PlannedClient, ...]
@@ -68,10 +80,18 @@ class Plan:
     bytes_down: int
     largest_download: int
     notices: tuple[str, ...]
+    privacy: PrivatePlan | None = None
 
 
-def make_plan(experiment: Experiment) -> Plan:
+def make_plan(experiment: Experiment, spent: Mapping[str, Spending] = NOTHING_SPENT) -> Plan:
     """Check an experiment as a whole and plan it.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What is to run.
+    spent : mapping of str to Spending
+        What earlier runs spent on a client's data, where that is known; counts against its owner's privacy budget.
 
     Raises
     ------
@@ -94,20 +114,28 @@ def make_plan(experiment: Experiment) -> Plan:
     spec = model_spec(experiment)
     ranks = _ranks(experiment, strategy, spec, method.rank)
     training = {name: rank for name, rank in ranks.items() if clients[name].trains}
-    cohort = _cohort(experiment, len(training))
+    cohort = planned_cohort(experiment, len(training))
     share = experiment.federation.max_weight_share
     if refusals := [
         *strategy.refusals(training),
         *robust_refusals(rule, strategy, training, cohort, share),
         *secure_refusals(experiment, strategy, cohort),
+        *client_privacy_refusals(experiment, strategy),
+        *row_refusals(experiment, strategy, task),
         *bound_refusals(experiment, strategy, list(training.values())),
-        *_evaluation_refusals(experiment, strategy),
+        *_evaluation_refusals(experiment, strategy, task),
     ]:
         raise ConfigurationError(refusals)
     given = given_adapter(experiment, strategy, spec)
     begun = given.layout if given is not None else Layout()
-    notices = task.check_data(clients_key(clients), experiment.seed)
-    return _planned(experiment, strategy, spec, begun, ranks, [*notices, *_clamped(spec, training)])
+    notices = [*task.check_data(clients_key(clients), experiment.seed), *_clamped(spec, training)]
+    planned = _planned(experiment, strategy, spec, begun, ranks, notices)
+    if experiment.privacy.mode == "none":
+        return planned
+    from server.private_plan import plan_privacy  # brings Opacus, which takes a second
+
+    private = plan_privacy(experiment, strategy, spec, task, training, cohort, spent)
+    return replace(planned, privacy=private, notices=(*notices, *privacy_notices(experiment, private, task)))
 
 
 def option_problems(table: Mapping[str, Any]) -> list[str]:
@@ -134,20 +162,22 @@ def _ranks(experiment: Experiment, strategy: AggregationStrategy, spec: ModelSpe
     return found
 
 
-def _evaluation_refusals(experiment: Experiment, strategy: AggregationStrategy) -> list[str]:
-    """Say why the server cannot evaluate, if it is to and cannot."""
-    if "server" not in experiment.evaluation.on or not strategy.capabilities.client_memory:
-        return []
-    return [
-        f"the server cannot evaluate under strategy {strategy.plugin_name}: its clients keep factors of their own, and "
-        'there is no one model; set evaluation.on = ["clients"]'
-    ]
-
-
-def _cohort(experiment: Experiment, training: int) -> int:
-    """Return how many of the clients that train do so in one round."""
-    settings = experiment.federation
-    return min(settings.cohort_size or max(1, round(settings.cohort_fraction * training)), training)
+def _evaluation_refusals(experiment: Experiment, strategy: AggregationStrategy, task: Task) -> list[str]:
+    """Say who cannot evaluate, if they are to and cannot."""
+    own, places = strategy.capabilities.client_memory, experiment.evaluation.on
+    silent = experiment.privacy.mode != "none" and not task.synthetic
+    instead = "[]" if own and silent else '["server"]' if silent else '["clients"]'
+    found = []
+    if own and "server" in places:
+        found.append(
+            f"the server cannot evaluate under strategy {strategy.plugin_name}: its clients keep factors of their own, "
+            f"and there is no one model; set evaluation.on = {instead}"
+        )
+    if silent and "clients" in places:
+        found.append(
+            f"what clients measure on their own data must not be told under privacy; set evaluation.on = {instead}"
+        )
+    return found
 
 
 def _attempt(problems: list[str], build):  # type: ignore[no-untyped-def]
@@ -182,7 +212,7 @@ def _planned(
     settings, known = experiment.federation, experiment.simulated_clients()
     training = [name for name in ranks if known[name].trains]
     judging = {name for name in ranks if known[name].evaluates and "clients" in experiment.evaluation.on}
-    cohort = _cohort(experiment, len(training))
+    cohort = planned_cohort(experiment, len(training))
     cohort_ranks = sorted((ranks[name] for name in training), reverse=True)[:cohort]
     traffic = Traffic(experiment, strategy, spec, cohort_ranks, begun)
 

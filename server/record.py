@@ -40,6 +40,17 @@ class RoundRecord:
         """Add a number, of the whole federation unless a client or layer is named."""
         self.metrics.append((name, value, client, layer))
 
+    @property
+    def epsilon(self) -> float | None:
+        """The largest privacy spending a client has reported in this round."""
+        return max((value for name, value, client, _ in self.metrics if name == "epsilon" and client), default=None)
+
+    @property
+    def rounds_left(self) -> int | None:
+        """The fewest further rounds a client's privacy budget allows, as reported in this round."""
+        told = (value for name, value, client, _ in self.metrics if name == "rounds_left" and client)
+        return int(least) if (least := min(told, default=None)) is not None else None
+
     def value(self, name: str) -> float | None:
         """Return a number of the whole federation."""
         return next(

@@ -24,6 +24,7 @@ from server.orders import as_sent
 from server.progress import announce
 from server.record import RoundRecord, best_metric
 from server.secure.sums import secure_phase
+from server.spending import leave_out_the_spent, record_least_noise, spent_out
 from server.training import Collection, training_phase
 
 
@@ -62,6 +63,10 @@ def run_rounds(
             words = f"stopped: {settings.patience} rounds without a better loss (federation.patience)"
             announce("notice", words, number - 1)
             break
+        leave_out_the_spent(federation, number)
+        if reason := spent_out(federation):
+            announce("notice", reason, number - 1)
+            break
         record, state = run_round(federation, state, number)
         loss = best_metric(record)
         improved = loss is not None and (best is None or loss < best)
@@ -88,7 +93,8 @@ def run_round(federation: Federation, state: ServerState, number: int) -> tuple[
     """Run one round up to its commit."""
     online = federation.nodes.online()
     record_members(federation, online)
-    cohort = training_cohort(federation.experiment, federation.clients, number, online) if number else []
+    able = online.keys() - federation.exhausted
+    cohort = training_cohort(federation.experiment, federation.clients, number, able) if number else []
     begun = federation.journal.begin(number, cohort, state.base_version)
     record = RoundRecord(number, begun.cohort, state.base_version, datetime.now(UTC), begun.attempt)
     total = federation.experiment.federation.rounds
@@ -133,6 +139,7 @@ def _merged(federation: Federation, state: ServerState, collection: Collection) 
     for name, value in sorted(merged.metrics.items()):
         record.measure(name, value)
     _mean_train_loss(collection)
+    record_least_noise(record)
     taken, asked = len(collection.accepted), len(record.cohort)
     announce("aggregated", f"{taken} updates merged", record.number, k=taken, n=asked, needed=needed)
     return merged
@@ -168,5 +175,7 @@ def _announce_end(record: RoundRecord, federation: Federation) -> None:
         bytes_up=record.bytes_up,
         bytes_down=record.bytes_down,
         error=record.error,
+        epsilon=record.epsilon,
+        rounds_left=record.rounds_left,
         rounds=federation.experiment.federation.rounds,
     )

@@ -22,6 +22,21 @@ WHOLE = 1 << 30
 """A rank that no adapter exceeds."""
 
 
+def adapter_layout(spec: ModelSpec, rank: int, dense: bool = False) -> Layout:
+    """Return the layout of an adapter of this rank for a model."""
+    layers = tuple(
+        (name, out, inn, -1 if dense else spec.layer_rank(name, rank))
+        for name, (out, inn) in sorted(spec.layers.items())
+    )
+    heads = tuple((name, tuple(head.shape)) for name, head in sorted(spec.heads.items()))
+    return Layout(layers, heads, spec.method)
+
+
+def sent_parts(strategy: AggregationStrategy, rounds: int) -> set[Part]:
+    """Return what clients send up in the rounds of a run."""
+    return {strategy.travels(number).up for number in range(1, rounds + 1)}
+
+
 @dataclass(frozen=True, eq=False)
 class Traffic:
     """Bytes of adapters, from the ranks a strategy expects.
@@ -76,7 +91,7 @@ class Traffic:
         strategy, wire = self.strategy, self.experiment.federation.wire_down
         part = strategy.travels(merges + 1).down
         held, grown = self._optimizer.expected_ranks(strategy, rank, self.cohort, merges)
-        start, merged = self._layout(held, dense=part == "sparse"), self._merged(grown)
+        start, merged = adapter_layout(self.spec, held, dense=part == "sparse"), self._merged(grown)
         bound, frames = download_bound(self.experiment, client), self._frames(merges)
         free = part == "ab" and not strategy.capabilities.same_coordinates
         whole = wire_bytes(part_numel(start, part, self._density(part)), wire)
@@ -92,7 +107,7 @@ class Traffic:
         if [self.strategy.travels(number).down == "core" for number in (merges, merges + 1)] != [False, True]:
             return 0
         rank = self.strategy.expected_ranks(WHOLE, self.cohort, merges)[0]
-        return wire_bytes(self._layout(rank).numel - self._heads, "fp32")
+        return wire_bytes(adapter_layout(self.spec, rank).numel - self._heads, "fp32")
 
     def _merged(self, grown: int) -> Layout:
         """Return the layout of the global adapter, each layer in its smaller form."""
@@ -113,17 +128,8 @@ class Traffic:
     def _heads(self) -> int:
         return sum(head.numel() for head in self.spec.heads.values())
 
-    def _layout(self, rank: int, dense: bool = False) -> Layout:
-        """Return the layout of an adapter of this rank."""
-        layers = tuple(
-            (name, out, inn, -1 if dense else self.spec.layer_rank(name, rank))
-            for name, (out, inn) in sorted(self.spec.layers.items())
-        )
-        heads = tuple((name, tuple(head.shape)) for name, head in sorted(self.spec.heads.items()))
-        return Layout(layers, heads, self.spec.method)
-
     def _numbers(self, rank: int, part: Part) -> int:
-        return part_numel(self._layout(rank, part == "sparse"), part, self._density(part))
+        return part_numel(adapter_layout(self.spec, rank, part == "sparse"), part, self._density(part))
 
     def _density(self, part: Part) -> float | None:
         """Return the share of the entries that a sparse part holds, an option of the strategies that send one."""

@@ -20,9 +20,11 @@ from common.wire import Parcel, message_bytes, read_message, write_message
 from server.exchange import exchange
 from server.federation import Federation
 from server.orders import Order
+from server.privacy.release import Release
 from server.progress import announce
 from server.record import RoundRecord
 from server.screening import screen
+from server.spending import check_report, record_report
 from server.timeline import Told
 from strategies.merging import merge_gathered
 
@@ -51,11 +53,14 @@ class Collection:
     accepted: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
     judged: Sequence[ClientUpdate] = ()
+    release: Release | None = None
     _settled: dict[str, bool] = field(default_factory=dict)
     _held: dict[str, ClientUpdate] = field(default_factory=dict)
     _next: int = 0
 
     def __post_init__(self) -> None:
+        if self.federation.experiment.privacy.protects_clients:
+            self.release = Release(self.federation, self.state, self.orders)
         self.accumulated = self.federation.strategy.begin(self.state)
         self._names = sorted(self.orders)
 
@@ -90,6 +95,7 @@ class Collection:
 
     def leave_out(self, order: Order, status: str, reason: str, size: int = 0) -> None:
         """Go on without a client, keeping the reason."""
+        status = self.federation.fate(order.client, status)
         self.federation.holdings.pop(order.client, None)
         self.record.timeline.lose(order.client)
         self.record.clients[order.client] = {
@@ -116,6 +122,8 @@ class Collection:
     def merge(self) -> ServerState:
         """Merge what was accepted, and record what is left of each client's weight."""
         federation = self.federation
+        if self.release is not None:
+            return self.release.merged(self.record, self.accepted)
         if not federation.gathers:
             accumulated, self.accumulated = self.accumulated, None
             merged = federation.strategy.finish(self.state, accumulated)
@@ -137,6 +145,7 @@ class Collection:
         return after
 
     def _screened(self, order: Order, answer: TrainAnswer, parcels: dict[str, Parcel]) -> ClientUpdate:
+        check_report(answer, self.federation.experiment)
         return screen(order, answer, parcels, self.state, self.federation.experiment.federation)
 
     def _accept(self, order: Order, update: ClientUpdate, answer: TrainAnswer, size: int) -> None:
@@ -145,16 +154,20 @@ class Collection:
         self.record.clients[name] = {
             "status": "accepted",
             "rank": order.dispatch.rank,
-            "num_examples": int(answer.num_examples),
+            "num_examples": 0 if self.federation.experiment.privacy.hides_counts else int(answer.num_examples),
             "bytes_up": size,
             "bytes_down": message_bytes(order.message.content),
             "seconds": answer.seconds,
         }
         for key, value in update.metrics.items():
             self.record.measure(key, value, name)
+        record_report(self.record, name, answer.privacy)
         loss = update.metrics.get("train_loss")
-        text = f"{name} trained in {answer.seconds:.1f} s"
-        announce("reply", text, self.record.number, name, seconds=answer.seconds, train_loss=loss)
+        took = f" in {answer.seconds:.1f} s" if answer.seconds else ""
+        told = {"seconds": answer.seconds, "train_loss": loss}
+        if answer.privacy is not None:
+            told["epsilon"] = answer.privacy.epsilon
+        announce("reply", f"{name} trained{took}", self.record.number, name, **told)
         self._settle(name, update)
 
     def _settle(self, name: str, update: ClientUpdate | None) -> None:
@@ -169,7 +182,10 @@ class Collection:
 
     def _add(self, name: str, update: ClientUpdate) -> None:
         try:
-            self.accumulated = self.federation.strategy.add(self.accumulated, update)
+            if self.release is not None:
+                self.release.add(update)
+            else:
+                self.accumulated = self.federation.strategy.add(self.accumulated, update)
             self.accepted.append(name)
         except ClientError as error:
             self.leave_out(self.orders[name], "rejected", str(error), self.record.clients[name]["bytes_up"])

@@ -99,6 +99,7 @@ def resume(
     experiment: Experiment | None = None,
     from_round: int | None = None,
     any_code: bool = False,
+    persistent_ledger: bool = False,
 ) -> FinishedRun:
     """Go on with an interrupted or failed run, or extend a finished one.
 
@@ -116,6 +117,8 @@ def resume(
         Forget the rounds after this one and go on from there.
     any_code : bool
         Go on although the code has changed since the run began.
+    persistent_ledger : bool
+        The user believes that the run counts over all experiments; refused if it does not.
 
     Raises
     ------
@@ -129,6 +132,8 @@ def resume(
         run = store.get_run(name)
         with RunLock(store.run_folder(run.id)):
             begun = _checked(run, with_fixed_places(experiment, place) if experiment else None, any_code)
+            _check_budget(begun, run, rounds, from_round)
+            _check_ledger(begun, run, persistent_ledger)
             if from_round is not None:
                 _check_way_back(begun, store.rounds(run.id), run, from_round)
                 run = rewind(store, run.id, from_round)
@@ -160,6 +165,31 @@ def _checked(run: Run, experiment: Experiment | None, any_code: bool) -> Experim
             "resume it with that version, or with --any-code, which gives up the promise of equal bits"
         )
     return begun
+
+
+def _check_budget(begun: Experiment, run: Run, rounds: int | None, from_round: int | None) -> None:
+    """Refuse what a privacy budget was not planned for: what is spent stays spent."""
+    if begun.privacy.mode == "none":
+        return
+    if from_round is not None:
+        raise UserError(
+            f"run {run.id} is under differential privacy: its rounds are spent and cannot be trained again; "
+            "start a new run"
+        )
+    if rounds is not None and rounds > begun.federation.rounds:
+        raise UserError(
+            f"run {run.id} is under differential privacy: its noise was chosen for {begun.federation.rounds} rounds, "
+            f"which spend its budget; start a new run with adapter.options.start_from = run:{run.id}"
+        )
+
+
+def _check_ledger(begun: Experiment, run: Run, persistent: bool) -> None:
+    """Refuse to change ledgers within a run: each would lack what the other holds."""
+    if persistent and not begun.simulation.persistent_ledger:
+        raise UserError(
+            f"run {run.id} began without --persistent-ledger and counts its own spending only; resume it without, "
+            "or start a new run with it"
+        )
 
 
 def _check_way_back(begun: Experiment, rounds: Sequence[Round], run: Run, number: int) -> None:

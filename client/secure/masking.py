@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from client.node import Node
 from client.secure.vault import Vault, bound, digits, needed, open_vault, write_vault
@@ -10,7 +14,8 @@ from common.adapter import Adapter, Layout
 from common.errors import ClientError, ConfigurationError
 from common.federation import Dispatch
 from common.messages import Masking, TrainAnswer, TrainOrder
-from common.secure.fixed_point import encode
+from common.privacy.clipping import clip_change
+from common.secure.fixed_point import encode, resolution
 from common.secure.masks import add_own, add_pairwise
 from common.secure.sealed_shares import unseal
 from common.secure.upload import masked_parcel, widened
@@ -36,9 +41,17 @@ class Mask:
     vault: Vault
     wide: Layout
 
-    def hide(self, answer: TrainAnswer, trained: Adapter, dispatch: Dispatch) -> tuple[TrainAnswer, Parcel]:
-        """Mask what would travel, times its examples, and their number; the answer says neither, nor any metric."""
-        numbers = widened(take(trained, dispatch.sends, dispatch), dispatch.sends, trained.layout, self.wide)
+    def hide(
+        self, answer: TrainAnswer, start: Adapter, trained: Adapter, dispatch: Dispatch
+    ) -> tuple[TrainAnswer, Parcel]:
+        """Mask what would travel, times its examples, and their number; the answer says neither, nor any metric.
+
+        Where clients are protected, the update is clipped here: of a sum the server cannot clip one client's part.
+        """
+        numbers, privacy = take(trained, dispatch.sends, dispatch), self.node.experiment.privacy
+        if privacy.protects_clients:
+            numbers = within(numbers, take(start, dispatch.sends, dispatch), privacy.clipping_norm)
+        numbers = widened(numbers, dispatch.sends, trained.layout, self.wide)
         equal = self.node.experiment.federation.weighting == "equal"
         words = encode(numbers.cpu().numpy(), 1.0 if equal else answer.num_examples, len(self.vault.shares))
         session, name = bound(self.vault.session), self.node.name
@@ -47,6 +60,12 @@ class Mask:
         add_pairwise(words, session, name, bytes.fromhex(self.vault.mask), others)
         hidden = answer.model_copy(update={"num_examples": 1.0, "metrics": {}, "session": session.id})
         return hidden, masked_parcel(words)
+
+
+def within(trained: Tensor, start: Tensor, limit: float) -> Tensor:
+    """Return what was trained, fp64, its change clipped so far that the rounding to fixed point stays within, too."""
+    rounding = math.sqrt(len(trained)) * resolution(1)
+    return start.to("cpu", torch.float64) + clip_change(trained, start, max(limit - rounding, 0.0)).change
 
 
 def join_sum(node: Node, order: TrainOrder, key: str) -> Mask | None:

@@ -14,7 +14,7 @@ from common.errors import StoreError
 from common.store.artefacts import LOCK_FILE, make_folder, remove_leftovers, unusable
 
 # A look by is_locked holds the lock for microseconds; a writer holds it for minutes.
-_ATTEMPTS = 20
+PATIENCE_S = 0.1
 _PAUSE_S = 0.005
 
 
@@ -47,8 +47,7 @@ class RunLock:
         try:
             descriptor = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
             self._take(descriptor)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            sign(descriptor)
             remove_leftovers(self._folder)
         except BaseException as error:
             if descriptor is not None:
@@ -68,14 +67,30 @@ class RunLock:
             self._descriptor = None
 
     def _take(self, descriptor: int) -> None:
-        for _ in range(_ATTEMPTS):
-            try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_PAUSE_S)
-        process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
-        holder = f"process {process} on {host}" if host else "another process"
-        raise StoreError(f"run {self._folder.name} is being written by {holder}; wait for it or stop it first")
+        if other := held_by_other(descriptor, PATIENCE_S):
+            raise StoreError(f"run {self._folder.name} is being written by {other}; wait for it or stop it first")
+
+
+def held_by_other(descriptor: int, patience_s: float) -> str | None:
+    """Lock an open file for this process alone; return who holds it if another one does not let go in time."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                break
+            time.sleep(_PAUSE_S)
+        else:
+            return None
+    process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+    return f"process {process} on {host}" if host else "another process"
+
+
+def sign(descriptor: int) -> None:
+    """Write into a locked file who holds it."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 
 def is_locked(run_folder: Path) -> bool:

@@ -54,6 +54,20 @@ class Task(Plugin):
     peft_task_type: ClassVar[str | None]
     """PEFT's name of the task, written into exported adapters; None: a model of no library's."""
 
+    private_options: ClassVar[Mapping[str, Any]] = {}
+    """Options that take other defaults where every row is protected."""
+
+    synthetic: ClassVar[bool] = False
+    """Whether the rows are drawn from a seed: nobody's data, so that clients may measure on them under privacy."""
+
+    row: ClassVar[str] = "one example"
+    """What one row is, for whom it protects: the unit of sample-level privacy."""
+
+    @property
+    def couples_rows(self) -> str | None:
+        """Say why one row holds the data of several units, so that rows cannot be protected; None if none does."""
+        return None
+
     @property
     @abstractmethod
     def base_place(self) -> str:

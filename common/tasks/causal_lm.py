@@ -52,6 +52,10 @@ class CausalLm(Task):
 
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     path_options: ClassVar[tuple[str, ...]] = ("base_model", "source", "public")
+    private_options: ClassVar[Mapping[str, Any]] = {"packing": False}
+    row: ClassVar[str] = (
+        "one window of one document, at most sequence_length tokens; a document of several windows is several rows"
+    )
 
     base_model: str = Field(
         BUILTIN, description='Folder or hub name of a transformers model; "builtin": the small demo model.'
@@ -90,6 +94,11 @@ class CausalLm(Task):
         (), description="Beginnings the server lets the model continue, before and after training."
     )
     new_tokens: int = Field(32, ge=1, description="Tokens generated per prompt.")
+
+    @property
+    def couples_rows(self) -> str | None:
+        """Find packing: a packed row holds several documents."""
+        return "task.options.packing joins documents into one row; set it to false" if self.packing else None
 
     def base_key(self, precision: str) -> str:
         """Name the base model and how it is held."""

@@ -96,6 +96,8 @@ class LowRankRegression(Task):
     """Regression with a known optimum, for controlled comparisons."""
 
     peft_task_type: ClassVar[str | None] = None
+    synthetic: ClassVar[bool] = True
+    row: ClassVar[str] = "one pair of an input and its answer"
 
     shapes: tuple[tuple[Side, Side], ...] = Field(
         ((24, 32), (16, 48)), min_length=1, description="Shape (out, in) of each layer of the base model."

@@ -10,7 +10,7 @@ from typing import Any, Self
 from common.store import Run
 from common.wording import counted
 from dashboard.settings import positive, setting
-from dashboard.words import visible
+from dashboard.words import plain, visible
 
 LOOKED_BACK = 20
 """Rounds whose pace is taken for the pace of those to come, at most."""
@@ -33,6 +33,8 @@ class Policy:
         Positive and finite.
     accountant : str
         Name of the method that adds the spending up.
+    seeded : bool
+        Whether noise comes from a seed of the experiment: then nothing is private.
     """
 
     mode: str = ""
@@ -41,6 +43,7 @@ class Policy:
     clipping_norm: float | None = None
     noise_multiplier: float | None = None
     accountant: str = ""
+    seeded: bool = False
 
     @classmethod
     def of(cls, run: Run) -> Self:
@@ -50,7 +53,8 @@ class Policy:
             return cls()
         keys = ("epsilon", "delta", "clipping_norm", "noise_multiplier")
         numbers = {key: positive(held.get(key)) for key in keys}
-        return cls(mode=_word(held.get("mode")), accountant=_word(held.get("accountant")), **numbers)
+        mode, accountant = _word(held.get("mode")), _word(held.get("accountant"))
+        return cls(mode=mode, accountant=accountant, seeded=held.get("test_seed") is not None, **numbers)
 
     @property
     def promises(self) -> bool:
@@ -58,15 +62,16 @@ class Policy:
         return self.mode not in ("", "none")
 
 
-def unit(policy: Policy) -> str:
-    """Say in a sentence whom the numbers protect."""
+def unit(policy: Policy, row: str = "") -> str:
+    """Say in Markdown whom the numbers protect; ``row`` is what the run itself says of it, of a stranger's making."""
     known = UNITS.get(policy.mode)
     if known is None:
         return "The settings of this run do not say what one unit of its privacy is."
     if policy.mode == "sample":
+        what = f" (here a row is {plain(row)})" if row else ""
         return (
-            f"What is protected is **{known}**: with or without it, the run would have turned out nearly the same. "
-            "Somebody who has several rows, or rows at several clients, is protected less."
+            f"What is protected is **{known}**{what}: with or without it, the run would have turned out nearly the "
+            "same. Somebody who has several rows, or rows at several clients, is protected less."
         )
     return (
         f"What is protected is **{known}**: with or without it, the run would have turned out nearly the same. "
@@ -90,7 +95,20 @@ def rounds_left(budget: float, spent: float, per_round: float) -> int:
     return int(min(left + 1e-9, 1e9))
 
 
-def answer(policy: Policy, rounds: Sequence[int], spent: Sequence[float], planned: int, running: bool) -> str:
+NOT_PRIVATE = (
+    "**This run is not private:** its noise was drawn from a seed (`privacy.test_seed`) that anybody can repeat. What "
+    "follows is what it would have spent."
+)
+
+
+def answer(
+    policy: Policy,
+    rounds: Sequence[int],
+    spent: Sequence[float],
+    planned: int,
+    running: bool,
+    left: int | None = None,
+) -> str:
     """Say in Markdown what is spent and how long the rest lasts, as far as that is known.
 
     Parameters
@@ -103,24 +121,39 @@ def answer(policy: Policy, rounds: Sequence[int], spent: Sequence[float], planne
         Rounds the run is to have.
     running : bool
         Whether further rounds are to come.
+    left : int, optional
+        Rounds left by the clients' own accounts; without it a straight line is extended.
     """
     now = spent[-1]
     if policy.epsilon is None:
         return f"**The client that spent most is at ε = {now:.3g}.** The settings of this run name no budget."
     budget = policy.epsilon
     said = f"**ε = {now:.3g} of {budget:g} is spent ({now / budget:.0%}).**"
-    if now >= budget:
+    if left == 0 or (left is None and now >= budget):
         return f"{said} Nothing is left: a further round would break the promise."
+    if left is not None:
+        return f"{said} {_accounted(left, max(0, planned - rounds[-1]), running)}"
     found = pace(rounds, spent)
     if found is None:
         return said
-    left, still = rounds_left(budget, now, found[0]), max(0, planned - rounds[-1])
+    reach, still = rounds_left(budget, now, found[0]), max(0, planned - rounds[-1])
     lasts = "lasts" if running else "would last"
-    over = f"At the pace of the last {counted(found[1], 'round')} the rest {lasts} about {counted(left, 'round')}"
+    over = f"At the pace of the last {counted(found[1], 'round')} the rest {lasts} about {counted(reach, 'round')}"
     if running:
-        enough = left >= still
-        over += f"; the run plans {still} more" if enough else f", but the run plans {still}: it will not reach the end"
+        over += _beside_plan(reach, still)
     return f"{said} {over}. This extends a straight line; it is no account of rounds that are not run yet."
+
+
+def _accounted(left: int, still: int, running: bool) -> str:
+    """Say how long the rest lasts by the clients' accounts."""
+    lasts = "lasts" if running else "would have lasted"
+    over = f"By the clients' own accounts the rest {lasts} {counted(left, 'round')}"
+    return f"{over}{_beside_plan(left, still) if running else ''}."
+
+
+def _beside_plan(reach: int, still: int) -> str:
+    more = f"; the run plans {still} more"
+    return more if reach >= still else f", but the run plans {still}: it will not reach the end"
 
 
 def odds(epsilon: float) -> str:

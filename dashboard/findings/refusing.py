@@ -27,6 +27,15 @@ _MEMORY = Cause(
     "It ran out of memory",
     "A lower rank for this client, a smaller training.batch_size, or training.gradient_checkpointing = true.",
 )
+_SPENT = Cause(
+    "Its privacy budget is spent",
+    "Wanted: another round would break the promise to its owner. Train without it, or start from this adapter on data "
+    "that still has a budget.",
+)
+_NOT_PRIVATE = Cause(
+    "Training would not have kept its privacy promise",
+    "The last reason names what stands in the way; nothing was drawn or sent.",
+)
 _FAILED = Cause("Its program ended with an error", "The last reason names it; the client's own log has the rest.")
 _CHECK = Cause("Its answer failed a check", "The last reason says what was expected.")
 _NORM = Cause(
@@ -57,6 +66,8 @@ _RULES: tuple[tuple[str, str, Cause], ...] = (
     ("", r"\(simulation\.(dropout|offline)\)", _CHANCE),
     ("late", "", _LATE),
     ("offline", "", _OFFLINE),
+    ("failed", r"privacy budget", _SPENT),
+    ("failed", r"NotPrivate|under privacy|privacy protects", _NOT_PRIVATE),
     ("failed", r"out ?of ?memory|MemoryError", _MEMORY),
     ("failed", "", _FAILED),
     ("notice", "did not evaluate", _LOSS),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pandas as pd
 from sqlalchemy import ColumnElement, Connection, Subquery, func, select
 
-from common.store.models import MetricRow, RoundRow
+from common.store.models import EventRow, MetricRow, RoundRow
+from dashboard.queries.client_metrics import latest
 from dashboard.queries.clients import placed
 from dashboard.queries.tables import finite, table_of
 
-EPSILON, NOISE = "epsilon", "noise_multiplier"
+EPSILON, SECOND, LEFT, NOISE = "epsilon", "second_epsilon", "rounds_left", "noise_multiplier"
+PROMISE = "privacy"
+"""Kind of the event that says what a run's privacy protects."""
+MOST_LEFT = 1e9
 POINTS = 100
 """Rounds in which all clients are compared; the last one is always among them."""
 
@@ -26,6 +30,22 @@ def spending(connection: Connection, run: str, points: int = 1_000) -> pd.DataFr
     )
     statement = select(found.c.round, found.c.epsilon).where(found.c.last == 1).order_by(found.c.round)
     return table_of(connection, statement)
+
+
+def protected(connection: Connection, run: str) -> str:
+    """Return what the run says one unit of its privacy is; empty where it does not."""
+    row = EventRow
+    newest = select(row.data).where(row.run == run, row.kind == PROMISE).order_by(row.id).limit(1)
+    told = connection.execute(newest).scalar()
+    unit = told.get("unit") if isinstance(told, dict) else None
+    return unit if isinstance(unit, str) else ""
+
+
+def least_left(connection: Connection, run: str) -> int | None:
+    """Return the fewest further rounds a client's account allows, each by its last word; None where nobody says."""
+    told = latest(connection, run, LEFT)["value"]
+    known = told[(told >= 0) & (told < MOST_LEFT)]
+    return None if known.empty else int(known.min())
 
 
 def spread(connection: Connection, run: str, name: str, low: float = 0.1, high: float = 0.9) -> pd.DataFrame:

@@ -10,7 +10,8 @@ import streamlit as st
 from common.store import Run
 from common.wording import counted
 from dashboard.findings.roster import Roster, roster
-from dashboard.findings.slowness import WINDOW, slowest, took
+from dashboard.findings.silence import silence, tells_times
+from dashboard.findings.slowness import WINDOW, often_late, slowest, took
 from dashboard.pieces import chosen_or_stop, explain, live, table
 from dashboard.queries import refusals
 from dashboard.session import is_live, source
@@ -45,7 +46,9 @@ def page() -> None:
 
 
 def _show(look: Look, run: Run, known: Roster) -> None:
-    _head(known)
+    _head(run, known)
+    if hidden := silence(run):
+        explain(hidden)
     st.header("Who takes part")
     name = _choice(run, known)
     with st.container():
@@ -55,15 +58,16 @@ def _show(look: Look, run: Run, known: Roster) -> None:
     with left:
         participation(look, run, known)
     with right:
-        time_spent(known)
+        time_spent(known, run)
     st.header("How each one learns")
     over_rounds(look, run, known)
     _reasons(look, run, known, name)
 
 
-def _head(known: Roster) -> None:
+def _head(run: Run, known: Roster) -> None:
     """Answer which client is slow, and sum the federation up."""
-    st.markdown(slowest([pace for name, pace in known.paces.items() if known.trains(name)]))
+    paces = [pace for name, pace in known.paces.items() if known.trains(name)]
+    st.markdown(slowest(paces) if tells_times(run) else often_late(paces) or "No client misses its deadlines often.")
     training = [name for name in known.names if known.trains(name)]
     asked, used = int(known.totals["asked"].sum()), int(known.totals["accepted"].sum())
     only = len(known.names) - len(training)

@@ -10,6 +10,7 @@ import streamlit as st
 from common.store import Run
 from dashboard.charts import ROUND, Axis, Spec, cells, gantt, lines, mapped, ranking
 from dashboard.findings.roster import Roster, worst_first
+from dashboard.findings.silence import NO_TIMES, tells_times
 from dashboard.findings.slowness import WINDOW
 from dashboard.findings.timelines import WORK
 from dashboard.metric_words import KNOWN, MetricWords, metric_titles, metric_words
@@ -82,12 +83,13 @@ def participation_chart(
     return table, cells(Axis("first", "from round", kind="ordinal"), who, share, rows, (), more)
 
 
-def time_spent(roster: Roster) -> None:
+def time_spent(roster: Roster, run: Run) -> None:
     """Draw the slowest clients with what their time goes into, or their median seconds where no timeline tells."""
     table, spec, over = time_chart(roster)
     kept = table["name"].nunique()
     title = "Seconds of a round" if kept == len(roster.work) else f"Seconds of a round: the {kept} slowest"
     empty = "No client has finished a training round yet, so there is nothing to compare."
+    empty = empty if tells_times(run) else NO_TIMES
     draw(title, table, spec, empty, key="seconds", height=_height(kept))
     if not table.empty:
         explain(over)

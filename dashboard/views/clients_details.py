@@ -11,6 +11,7 @@ from common.store import Run
 from common.wording import number, size
 from dashboard.charts import ROUND, Axis, lines
 from dashboard.findings.roster import Roster
+from dashboard.findings.silence import NO_LOSSES, NO_TIMES, silence, tells_times
 from dashboard.findings.slowness import parts, took
 from dashboard.findings.timelines import LONGEST_S
 from dashboard.metric_words import metric_words
@@ -36,7 +37,7 @@ def details(look: Look, run: Run, roster: Roster, name: str) -> None:
     with left:
         _loss(look, run, roster, name)
     with right:
-        _seconds(rounds)
+        _seconds(rounds, "It has finished no round yet." if tells_times(run) else NO_TIMES)
     if rounds.empty:
         explain("It was not asked to train in any round that was committed.")
     else:
@@ -86,11 +87,11 @@ def _facts(roster: Roster, name: str) -> None:
 def _loss(look: Look, run: Run, roster: Roster, name: str) -> None:
     words = metric_words("held_out_loss")
     found, spec = curves(look, run, roster.labels, "held_out_loss", [name], words)
-    empty = "It has told no loss; clients do when they evaluate, and not under differential privacy."
+    empty = NO_LOSSES if silence(run) else "It has told no loss; clients do when they evaluate."
     draw("Its loss on held-out data", found, spec, empty, key="client-loss", height=220)
 
 
-def _seconds(rounds: pd.DataFrame) -> None:
+def _seconds(rounds: pd.DataFrame, empty: str) -> None:
     done = rounds["seconds"].astype(float).between(0, LONGEST_S, inclusive="neither")
     found = rounds[done][["round", "seconds"]].assign(series="work")
     spec = lines(ROUND, Axis("seconds", "work (s)", ".3~g", zero=True), ("work",), dots=len(found) <= DOTS)
@@ -98,7 +99,7 @@ def _seconds(rounds: pd.DataFrame) -> None:
         "Its work in a round, without upload",
         found,
         spec,
-        "It has finished no round yet.",
+        empty,
         key="client-seconds",
         height=220,
     )

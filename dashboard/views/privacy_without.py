@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import streamlit as st
 
-from common.experiment import Experiment
 from common.store import Run
 from dashboard.settings import setting, settings
 
@@ -63,13 +62,11 @@ def risks(run: Run) -> list[str]:
 
 
 def how_to_ask() -> str:
-    """Say how differential privacy is asked for, as far as this version has it."""
-    if "privacy" in Experiment.model_fields:
-        return (
-            "Ask for it in the experiment's `[privacy]` section, and start a new run: privacy cannot be added to "
-            "updates that were sent without it."
-        )
+    """Say how differential privacy is asked for."""
     return (
-        "This version of LoRAFleet cannot train with differential privacy: experiments have no `[privacy]` section. "
-        "This page shows budget, spending and noise of runs that record them."
+        "Ask for it in the experiment, and start a new run: privacy cannot be added to updates that were sent without "
+        'it. `privacy.mode = "sample"` makes every client train with noise and protects each row, even from the '
+        'server; `privacy.mode = "client"` lets the server add noise and protects each client as a whole. '
+        "`privacy.epsilon` is the budget; `lorafleet plan` shows the noise it takes, and `lorafleet simulate private` "
+        "an example."
     )

@@ -10,6 +10,7 @@ import streamlit as st
 from common.store import ClientRound, Round, Run
 from common.wording import counted, duration, size
 from dashboard.findings.refusing import cause
+from dashboard.findings.silence import silence, tells_times
 from dashboard.pieces import explain, table
 from dashboard.queries.rounds import clients_of, ended_rounds, statistic
 from dashboard.queries.rounds import one_round as round_row
@@ -48,6 +49,9 @@ def one_round(run: Run) -> None:
         timeline(told.data if told else None, clients)
     with listing:
         _listing(row, clients)
+    if clients and (hidden := silence(run)):
+        drawn = "" if tells_times(run) else " What is drawn as waiting is the time from order to answer."
+        explain(f"{hidden}{drawn}")
 
 
 def sentence(row: Round, clients: list[ClientRound]) -> str:
@@ -77,7 +81,9 @@ def _listing(row: Round, clients: list[ClientRound]) -> None:
     number = st.column_config.NumberColumn
     unit = "MB" if max(max(client.bytes_up, client.bytes_down) for client in clients) >= UNITS["MB"] else "kB"
     table(
-        pd.DataFrame([_line(shown[client.client], client, UNITS[unit]) for client in ordered]),
+        pd.DataFrame([_line(shown[client.client], client, UNITS[unit]) for client in ordered]).dropna(
+            axis="columns", how="all"
+        ),
         key="round_table",
         height="content" if len(clients) <= MOST_ROWS else HIGHEST,
         client=st.column_config.TextColumn("client", pinned=True),
@@ -97,7 +103,7 @@ def _line(label: str, client: ClientRound, unit: float) -> dict[str, object]:
     return {
         "client": label,
         "outcome": client.status if taken else f"{client.status}: {cause(client.status, client.reason).what}",
-        "seconds": _seconds(client) if taken else None,
+        "seconds": (_seconds(client) or None) if taken else None,
         "rank": client.rank,
         "examples": client.num_examples or None,
         "up": client.bytes_up / unit,

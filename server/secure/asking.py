@@ -136,7 +136,7 @@ class Asking:
         take: Callable[[str, RecordDict], None],
     ) -> None:
         def lose(client: str, status: str, reason: str) -> None:
-            self._lost[client] = (status, reason)
+            self._lost[client] = (self.federation.fate(client, status), reason)
             if step == "uploads":
                 self.record.timeline.lose(client)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common.errors import ClientError, RejectedUpdate, SumFailed
 from common.federation import ClientUpdate, ServerState
@@ -98,33 +99,50 @@ def lift_masks(
     remove_masks(total, session, seeds, dropped, {name: bytes.fromhex(key.mask) for name, key in keys.items()})
 
 
-def mean_update(
-    total: Words, wide: Order, ranks: Sequence[int], state: ServerState, most_examples: int
-) -> ClientUpdate:
-    """Divide an unmasked sum by its weight and make it one update, whole from what the widest client was given.
+def unmasked(total: Words, clients: int, most_examples: int) -> tuple[NDArray[np.float64], float]:
+    """Decode an unmasked sum: ``Σ n x`` and ``Σ n``.
 
     Parameters
     ----------
     total : uint64 array
-        Fixed-point ``Σ n x`` and ``Σ n``.
-    wide : Order
-        Of the widest client.
-    ranks : sequence of int
-        Of the clients in the sum; what is above the highest is padding.
-    state : ServerState
-        What they trained on.
+        In fixed point.
+    clients : int
+        In the sum.
     most_examples : int
         Largest number of examples of one client.
 
     Raises
     ------
     RejectedUpdate
-        If the weight is impossible, as after a wrong share, or the mean does not fit the model.
+        If the weight is impossible, as after a wrong share.
     """
     numbers, weight = decode(total)
-    clients = len(ranks)
     if not (weight.is_integer() and clients <= weight <= clients * most_examples):
         raise RejectedUpdate(f"the unmasked sum claims {weight:g} examples of {clients} clients; a client cheated")
+    return numbers, weight
+
+
+def mean_update(
+    numbers: NDArray[np.float64], weight: float, wide: Order, ranks: Sequence[int], state: ServerState
+) -> ClientUpdate:
+    """Divide a sum by its weight and make it one update, whole from what the widest client was given.
+
+    Parameters
+    ----------
+    numbers, weight : float array, float
+        ``Σ n x`` and ``Σ n``.
+    wide : Order
+        Of the widest client.
+    ranks : sequence of int
+        Of the clients in the sum; what is above the highest is padding.
+    state : ServerState
+        What they trained on.
+
+    Raises
+    ------
+    RejectedUpdate
+        If the mean does not fit the model.
+    """
     mean = torch.from_numpy((numbers / weight).astype(np.float32))
     part, dispatch = wide.dispatch.sends, wide.dispatch
     start = wide.start if part in ("a", "b") and dispatch.frozen_a is None else None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from flwr.app import Message, RecordDict
+from numpy.typing import NDArray
 
 from common.errors import ClientError, RejectedUpdate, SumFailed
 from common.experiment import quorum
-from common.federation import ClientUpdate, ServerState
+from common.federation import ServerState
 from common.messages import (
     KeysAnswer,
     KeysOrder,
@@ -35,11 +38,13 @@ from common.travel import part_numel, untrained_hash
 from common.wire import Parcel, read_message
 from server.federation import Federation
 from server.orders import Order
+from server.privacy.release import Release
 from server.progress import announce
 from server.record import RoundRecord
 from server.secure.asking import Asking
 from server.secure.desk import Desk
-from server.secure.recovery import check_sealed, check_shares, lift_masks, mean_update
+from server.secure.recovery import check_sealed, check_shares, lift_masks, mean_update, unmasked
+from server.spending import check_report, record_report
 from server.timeline import Told
 from server.training import Collection
 
@@ -54,15 +59,28 @@ def secure_phase(federation: Federation, state: ServerState, record: RoundRecord
     desk = federation.journal.desk(record.number)
     try:
         asking = Asking(federation, record, online, desk, _session(federation, record, desk))
-        update, survivors = SecureSum(federation, state, record, asking).run()
-        collection.accumulated = federation.strategy.add(collection.accumulated, update)
-        collection.accepted = survivors
+        _take(collection, SecureSum(federation, state, record, asking).run())
     except (SumFailed, ClientError) as error:
         record.status, record.reason = "failed", str(error)
         for name in sorted(set(record.cohort) - set(record.clients)):
             record.clients[name] = {"status": "failed", "reason": record.reason}
         desk.discard()
     return collection
+
+
+def _take(collection: Collection, total: Unmasked) -> None:
+    """Put a sum where the round is merged from."""
+    federation, record = collection.federation, collection.record
+    if federation.experiment.privacy.protects_clients:
+        book = federation.order_book(collection.state)
+        starts = {name: book.train(record.number, record.attempt, federation.client(name), 0) for name in record.cohort}
+        collection.release = Release(federation, collection.state, starts)
+        collection.release.add_sum(torch.from_numpy(total.numbers), total.wide, total.survivors)
+    else:
+        ranks = [federation.client(name).rank for name in total.survivors]
+        update = mean_update(total.numbers, total.weight, total.wide, ranks, collection.state)
+        collection.accumulated = federation.strategy.add(collection.accumulated, update)
+    collection.accepted = total.survivors
 
 
 def _session(federation: Federation, record: RoundRecord, desk: Desk) -> SecureSession:
@@ -73,6 +91,15 @@ def _session(federation: Federation, record: RoundRecord, desk: Desk) -> SecureS
         session = SecureSession(run=federation.run, round=record.number, attempt=record.attempt, id=token)
         desk.begin(session)
     return session
+
+
+class Unmasked(NamedTuple):
+    """A sum without masks: ``Σ n x`` as wide as the widest client's order, ``Σ n``, and who is in it."""
+
+    numbers: NDArray[np.float64]
+    weight: float
+    wide: Order
+    survivors: list[str]
 
 
 @dataclass
@@ -92,8 +119,8 @@ class SecureSum:
     record: RoundRecord
     asking: Asking
 
-    def run(self) -> tuple[ClientUpdate, list[str]]:
-        """Return the mean of the survivors' updates as one update, and who they are.
+    def run(self) -> Unmasked:
+        """Return the sum of the survivors' updates.
 
         Raises
         ------
@@ -113,9 +140,8 @@ class SecureSum:
         total = self._summed(survivors, _words(wide))
         session = self.asking.session
         lift_masks(total, Session(session.run, session.round, session.id), answers, keys, self._needed(keys))
-        ranks = [self.federation.client(name).rank for name in survivors]
         most = self.federation.experiment.federation.max_num_examples
-        return mean_update(total, wide, ranks, self.state, most), survivors
+        return Unmasked(*unmasked(total, len(survivors), most), wide, survivors)
 
     def _keys(self) -> Keys:
         """Ask for public keys."""
@@ -207,6 +233,7 @@ class SecureSum:
             raise RejectedUpdate(f"it trained on base version {answer.base_version}, not on {self.state.base_version}")
         if answer.frozen_hash != untrained_hash(order.start, order.dispatch):
             raise RejectedUpdate("frozen factor differs: the update was not trained on the factor it was given")
+        check_report(answer, self.federation.experiment)
         masked_words(parcels, words)
 
     def _summed(self, survivors: Sequence[str], words: int) -> Words:
@@ -216,6 +243,7 @@ class SecureSum:
             answer, parcel = self.asking.desk.upload(name)
             total += masked_words({"update": parcel}, words)
             self.asking.accept(name, self.federation.client(name).rank, answer.seconds)
+            record_report(self.record, name, answer.privacy)
         return total
 
 

@@ -9,8 +9,9 @@ import textwrap
 from inspect import isclass
 from typing import Any
 
-from common.experiment import ClientSettings, Experiment, PluginChoice, Section
+from common.experiment import ClientSettings, Experiment, PluginChoice
 from common.experiment_file import Table, preset_names, read_table, toml_value
+from common.section import Section
 from common.tasks import TASKS
 from simulations.terminal.settings_help import Setting, settings_of_model
 from strategies.sections import SECTIONS

@@ -54,8 +54,15 @@ class Follower:
             metrics = self._store.metrics(self._run, round=number, client="")
             row = self._store.round(self._run, number)
             data["seconds"] = row.seconds if row else 0.0
+            if row and row.epsilon is not None:
+                data |= {"epsilon": row.epsilon, "rounds_left": self._rounds_left(number)}
             data["metrics"] = {metric.name: metric.value for metric in metrics if not metric.layer}
         self._listener(Progress(kind, event.text, number, event.client or "", data))
+
+    def _rounds_left(self, number: int) -> int | None:
+        """Return the fewest further rounds a client's privacy budget allows."""
+        told = [m.value for m in self._store.metrics(self._run, round=number) if m.name == "rounds_left" and m.client]
+        return int(min(told)) if told else None
 
     def _tell_replies(self) -> None:
         if self._round is None:
@@ -63,7 +70,7 @@ class Follower:
         for row in self._store.client_rounds(self._run, self._round):
             if row.status in ("received", "accepted") and row.client not in self._replied:
                 self._replied.add(row.client)
-                text = f"{row.client} trained in {row.seconds:.1f} s"
+                text = f"{row.client} trained" + (f" in {row.seconds:.1f} s" if row.seconds else "")
                 self._listener(Progress("reply", text, row.round, row.client, {"seconds": row.seconds}))
 
 

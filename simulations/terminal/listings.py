@@ -16,6 +16,7 @@ from rich.text import Text
 
 from common.experiment_file import toml_value
 from common.wording import number, size
+from simulations.terminal.privacy_tables import privacy_view
 from simulations.terminal.tables import (
     LISTED_CLIENTS,
     Summary,
@@ -73,6 +74,8 @@ def run_view(summary: Summary) -> RenderableType:
         parts += ["", _certificates_table(certified)]
     if summary["clients"]:
         parts += ["", _clients_table(summary)]
+    if summary["privacy"]:
+        parts += ["", *privacy_view(summary["privacy"])]
     if made := last_samples(summary):
         parts += ["", *made]
     if lines := troubles(summary):
@@ -171,10 +174,14 @@ def _clients_table(summary: Summary) -> RenderableType:
             ", ".join(str(rank) for rank in sorted({row["rank"] for row in rows if row["rank"]})) or "–",
             str(len(trained)),
             f"[yellow]{missed}[/]" if missed else "0",
-            f"{max(row['num_examples'] for row in rows):,}",
+            f"{max(row['num_examples'] for row in rows):,}"
+            if not summary["privacy"] or any(r["num_examples"] for r in rows)
+            else "–",
             size(sum(row["bytes_up"] for row in rows)),
             size(sum(row["bytes_down"] for row in rows)),
-            f"{sum(row['seconds'] for row in trained) / len(trained):.1f}" if trained else "–",
+            f"{sum(row['seconds'] for row in trained) / len(trained):.1f}"
+            if any(r["seconds"] for r in trained)
+            else "–",
         )
     return Group(table, *more_clients(len(names)))
 

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from common.wording import duration
+from common.wording import counted, duration
 from server.progress import Progress
 
 LISTED_CLIENTS = 10
@@ -81,6 +81,7 @@ class RoundState:
         loss = metrics.get("held_out_loss", metrics.get("unseen_loss"))
         parts = [f"{len(self.done)} of {self.cohort} trained"] if self.number else ["before training"]
         parts += [f"loss {loss:.4f}"] if loss is not None else []
+        parts += _spent(data)
         return ", ".join([*parts, duration(data.get("seconds", passed))])
 
     def _settle(self, client: str, place: dict[str, str], words: str) -> None:
@@ -202,6 +203,15 @@ class ProgressBars:
 
 
 def _done(data: Mapping[str, Any]) -> str:
-    loss = data.get("train_loss")
-    words = f"in {duration(data.get('seconds', 0.0))}"
-    return words if loss is None else f"{words}, train loss {loss:.4f}"
+    loss, seconds, spent = data.get("train_loss"), data.get("seconds"), data.get("epsilon")
+    words = [f"in {duration(seconds)}"] if seconds else []  # under privacy clients do not tell
+    words += [f"train loss {loss:.4f}"] if loss is not None else []
+    words += [f"ε {spent:.2f}"] if spent is not None else []
+    return ", ".join(words)
+
+
+def _spent(data: Mapping[str, Any]) -> list[str]:
+    """Say what of a privacy budget is spent, and how long the rest lasts."""
+    spent, left = data.get("epsilon"), data.get("rounds_left")
+    words = [f"ε {spent:.2f} spent"] if spent is not None else []
+    return words + ([f"{counted(left, 'round')} left"] if left is not None else [])

@@ -12,7 +12,7 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",  # as without it, but no warning when a process is started
 }
-_LIBRARIES = ("accelerate", "datasets", "flwr", "huggingface_hub", "peft", "torch", "transformers")
+_LIBRARIES = ("accelerate", "datasets", "flwr", "huggingface_hub", "opacus", "peft", "torch", "transformers")
 
 
 def quiet_libraries() -> None:

@@ -14,13 +14,14 @@ from common.store import RunStore
 from server.progress import Progress, listening
 from simulations.terminal.following import following
 from simulations.terminal.live import ProgressBars, ProgressLines
+from simulations.terminal.planning import plan_view
+from simulations.terminal.privacy_tables import privacy_lines
 from simulations.terminal.summary import run_summary
 from simulations.terminal.tables import (
     INTERRUPTED,
     Output,
     home_flag,
     outcome_view,
-    plan_view,
     print_error,
     print_interrupted,
     print_next,
@@ -128,6 +129,7 @@ def _display(output: Output, whole_rounds: bool) -> ProgressBars | ProgressLines
 def _show(output: Output, run: str) -> None:
     with RunStore.open(output.home, read_only=True) as store:
         summary = run_summary(store, run)
-    output.show(summary, outcome_view(summary))
+    private = privacy_lines(summary["privacy"]) if summary["privacy"] else []
+    output.show(summary, outcome_view(summary), *private)
     if not output.as_json:
         print_next(output.console, summary, output.named_home)

@@ -11,6 +11,10 @@ from typing import Any
 
 from common.store import Client, ClientRound, Metric, Round, Run, RunStore, shown_status
 from common.store.engine import URL_VARIABLE
+from simulations.terminal.privacy_summary import privacy_summary
+
+EARLY_EVENTS = 20
+"""What a run promises is told among so many events at its beginning."""
 
 OF_CLIENTS = ("cosine_to_mean", "update_norm", "trust", "download_discarded_energy")
 OF_LAYERS = ("effective_rank", "merged_norm")
@@ -68,6 +72,7 @@ def run_summary(store: RunStore, name: str) -> dict[str, Any]:
         "rounds": [_round(row, metrics) for row in ended_rounds(store, run.id)],
         "clients": [_client(row) for row in store.client_rounds(run.id)],
         "members": [_member(row) for row in store.members(run.id)],
+        "privacy": privacy_summary(run, metrics, store.events(run.id, limit=EARLY_EVENTS)),
         "artifacts": [
             {"kind": file.kind, "path": str(store.home / file.path), "sha256": file.sha256, "round": file.round}
             for file in store.artefacts(run.id)

@@ -1,4 +1,4 @@
-"""What the terminal shows around a run: the plan, the rounds, the outcome, and what to type next."""
+"""What the terminal shows around a run: the rounds, the outcome, and what to type next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -18,17 +18,12 @@ from rich.text import Text
 
 from common.errors import ConfigurationError, LoRAFleetError
 from common.plugins import PLUGINS_VARIABLE
-from common.wording import counted, duration, number, size
+from common.wording import counted, duration, named, number, size
 from simulations.terminal.summary import json_text
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
-    from server.plan import Plan
 
 INTERRUPTED = 130
 LISTED_CLIENTS = 20
 LISTED_TROUBLES = 20
-LISTED_NAMES = 5
 
 STATUS_STYLES = {
     "completed": "green",
@@ -89,29 +84,6 @@ def _print_aside(line: Text) -> None:
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 
-def plan_view(plan: Plan, experiment: Experiment, notices: bool = True) -> RenderableType:
-    """Show the plan: clients, ranks and the bytes to expect."""
-    from server.plan import rank_summary
-
-    table = numbers_table("client", ">rank", "trains", "evaluates", ">steps", ">up per round", ">down, last round")
-    for client in plan.clients[:LISTED_CLIENTS]:
-        marks = ["yes" if mark else "no" for mark in (client.trains, client.evaluates)]
-        sizes = [size(client.bytes_up), size(client.bytes_down)]
-        costs = [str(client.steps), *sizes] if client.trains else ["–"] * 3
-        table.add_row(escape(client.name), str(client.rank), *marks, *costs)
-    training = sum(client.trains for client in plan.clients)
-    return Group(
-        f"[bold]{escape(experiment.name)}[/]: {escape(experiment.strategy.name)} on {escape(experiment.task.name)}",
-        table,
-        *more_clients(len(plan.clients)),
-        f"{counted(plan.rounds, 'round')}, {plan.cohort_size} of {counted(training, 'client')} in each; "
-        f"ranks {rank_summary(plan)}; {counted(plan.layers, 'layer')} adapted",
-        f"about {size(plan.bytes_up)} up and {size(plan.bytes_down)} down in all, "
-        f"at most {size(plan.largest_download)} in one download",
-        *(f"[yellow]note:[/] {escape(notice)}" for notice in (plan.notices if notices else ())),
-    )
-
-
 HELD_OUT = "held_out_"
 """What the names of the clients' mean metrics begin with."""
 
@@ -120,21 +92,22 @@ def rounds_table(summary: Summary) -> Table:
     """Show what each round came to; the best one stands out."""
     rounds = summary["rounds"]
     unseen = any("unseen_loss" in row["metrics"] for row in rounds)
+    judged = not unseen or any("held_out_loss" in row["metrics"] for row in rounds)
     private = any(row["epsilon"] is not None for row in rounds)
     told = {name for row in rounds for name in row["metrics"] if name.startswith(HELD_OUT)} - {f"{HELD_OUT}loss"}
     extra = sorted(told)
     optional = [*([">unseen"] if unseen else []), *([">epsilon"] if private else [])]
     named = [f">{name.removeprefix(HELD_OUT).replace('_', ' ')}" for name in extra]
-    names = [">round", ">held-out", *named, ">worst", *optional, ">up", ">down", ">seconds", ">error"]
+    names = [">round", *([">held-out", *named, ">worst"] if judged else []), *optional]
+    names += [">up", ">down", ">seconds", ">error"]
     table = numbers_table(*names)
     for row in rounds:
         metrics = row["metrics"]
-        loss = metrics.get("held_out_loss")
+        own = (number(metrics.get(name), 1 if name.endswith("perplexity") else 4) for name in extra)
+        losses = [number(metrics.get("held_out_loss")), *own, number(metrics.get("worst_client_loss"))]
         table.add_row(
             str(row["round"]) if row["status"] == "committed" else f"[red]{row['round']}[/]",
-            number(loss),
-            *(number(metrics.get(name), 1 if name.endswith("perplexity") else 4) for name in extra),
-            number(metrics.get("worst_client_loss")),
+            *(losses if judged else []),
             *([number(metrics.get("unseen_loss"))] if unseen else []),
             *([number(row["epsilon"], 2)] if private else []),
             size(row["bytes_up"]),
@@ -158,7 +131,7 @@ def troubles(summary: Summary) -> list[str]:
                 reasons.setdefault(f"{client['status']}: {client['reason'] or 'no reason given'}", []).append(
                     client["client"]
                 )
-        lines += [f"[yellow]round {row['round']}:[/] {escape(f'{_names(who)} {why}')}" for why, who in reasons.items()]
+        lines += [f"[yellow]round {row['round']}:[/] {escape(f'{named(who)} {why}')}" for why, who in reasons.items()]
     left = len(lines) - LISTED_TROUBLES
     return lines[:LISTED_TROUBLES] + ([f"… and {left} more of the kind"] if left > 0 else [])
 
@@ -181,7 +154,8 @@ def print_next(console: Console, summary: Summary, home: str = "") -> None:
     commands = ["dashboard", f"runs show {run}"]
     if summary["status"] == "completed":
         whole = summary["rounds_done"] == summary["rounds_planned"]
-        commands += [export, *([f"resume {run} --rounds {summary['rounds_planned'] * 2}"] if whole else [])]
+        more = whole and not summary["privacy"]  # what a budget was planned for is spent
+        commands += [export, *([f"resume {run} --rounds {summary['rounds_planned'] * 2}"] if more else [])]
     else:
         commands = [f"resume {run}", *commands, *([export] if trained else [])]
     console.print("\n[dim]next:[/]")
@@ -221,11 +195,6 @@ def more_clients(count: int) -> list[str]:
     return [f"… and {count - LISTED_CLIENTS} more"] if count > LISTED_CLIENTS else []
 
 
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(names[:LISTED_NAMES]) + more
-
-
 def _error(row: Summary) -> str:
     if row["exact"]:
         return "exact"
@@ -233,8 +202,11 @@ def _error(row: Summary) -> str:
 
 
 def _outcome(summary: Summary) -> str:
-    losses = [row["metrics"]["held_out_loss"] for row in summary["rounds"] if "held_out_loss" in row["metrics"]]
-    change = f"\nheld-out loss {losses[0]:.4f} → [bold]{losses[-1]:.4f}[/]" if len(losses) > 1 else ""
+    metrics = [row["metrics"] for row in summary["rounds"]]
+    name = "held_out_loss" if any("held_out_loss" in told for told in metrics) else "unseen_loss"
+    losses = [told[name] for told in metrics if name in told]
+    words = name.replace("held_out", "held-out").replace("_", " ")
+    change = f"\n{words} {losses[0]:.4f} → [bold]{losses[-1]:.4f}[/]" if len(losses) > 1 else ""
     done, planned = summary["rounds_done"], summary["rounds_planned"]
     rounds = counted(done, "round") if done == planned else f"{done} of {counted(planned, 'round')}"
     seconds = duration(sum(row["seconds"] for row in summary["rounds"]))

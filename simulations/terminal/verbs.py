@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UserError
 from common.store import RunStore
 from simulations.terminal.listings import checks_view, matrix_view, plugins_view, run_view, runs_view
+from simulations.terminal.planning import plan_view
 from simulations.terminal.summary import list_summary, run_summary
-from simulations.terminal.tables import INTERRUPTED, Output, plan_view, print_interrupted, print_next, program
+from simulations.terminal.tables import INTERRUPTED, Output, print_interrupted, print_next, program
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -76,6 +77,7 @@ def resume(
     source: str | None,
     overrides: list[str],
     any_code: bool,
+    persistent_ledger: bool,
     output: Output,
 ) -> int:
     """Go on with a run."""
@@ -89,7 +91,7 @@ def resume(
     def begin() -> None:
         from simulations.run import resume
 
-        resume(run, output.home, rounds, experiment, from_round, any_code)
+        resume(run, output.home, rounds, experiment, from_round, any_code, persistent_ledger)
 
     return run_session(begin, output)
 

@@ -21,7 +21,7 @@ from common.start import starting_adapter
 from common.store import Client
 from common.wire import Parcel, read_message, seal, unseal, write_message
 from server.federation import Federation
-from server.journal import Begun
+from server.journal import Begun, Released
 from server.nodes import Nodes
 from server.record import RoundRecord
 from server.rounds import run_rounds
@@ -66,6 +66,10 @@ class MemoryJournal:
     def reply(self, number: int, client: str) -> tuple[TrainAnswer, Parcel]:
         """Return a kept reply."""
         return self.replies[client]
+
+    def released(self) -> Sequence[Released]:
+        """Nothing was released."""
+        return ()
 
     def commit(self, record: RoundRecord, state: ServerState, best: bool) -> None:
         """Note the time."""

@@ -66,7 +66,7 @@ def report(name: str, title: str, text: str, header: Sequence[str], rows: Sequen
     """Print a table and write it to ``docs/results/<name>.md`` with command, date and machine."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows]]
     table = "\n".join(lines)
-    command = " ".join(["python", f"tests/benchmarks/bench_{name}.py", *sys.argv[1:]])
+    command = " ".join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     page = f"# {title}\n\n{text}\n\n{table}\n\n`{command}`, {_machine()}\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")

@@ -224,10 +224,10 @@ class Recorder:
         self.secrets: set[str] = set()
         hide = client.secure.masking.Mask.hide
 
-        def noting(mask: Any, answer: TrainAnswer, trained: Adapter, dispatch: Dispatch) -> Any:
+        def noting(mask: Any, answer: TrainAnswer, start: Adapter, trained: Adapter, dispatch: Dispatch) -> Any:
             self.plain[answer.client] = answer.num_examples, take(trained, dispatch.sends, dispatch).clone()
             self.secrets |= {mask.vault.cipher, mask.vault.mask, mask.vault.seed}
-            return hide(mask, answer, trained, dispatch)
+            return hide(mask, answer, start, trained, dispatch)
 
         monkeypatch.setattr(client.secure.masking.Mask, "hide", noting)
 

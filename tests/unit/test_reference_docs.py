@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from common.experiment import ClientSettings, Experiment, PluginChoice
+from common.privacy.settings import Budget
 from strategies.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,7 @@ def models() -> Iterator[tuple[str, type[BaseModel]]]:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and not issubclass(kind, PluginChoice):
             yield f"[{name}]", kind
     yield "[clients.NAME]", ClientSettings
+    yield "[clients.NAME.budget]", Budget
     for section, family in SECTIONS.items():
         for name in family.names():
             yield f'[{section}.options] with name = "{name}"', family.plugin(name)

@@ -23,13 +23,13 @@ from simulations.terminal import verbs
 from simulations.terminal.following import Follower, following
 from simulations.terminal.listings import run_view, runs_view
 from simulations.terminal.live import LISTED_CLIENTS, ProgressBars, ProgressLines, RoundState
+from simulations.terminal.planning import plan_view
 from simulations.terminal.quiet import quiet_libraries
 from simulations.terminal.session import run_session, watching
 from simulations.terminal.summary import json_text, list_summary, run_summary
 from simulations.terminal.tables import (
     Output,
     outcome_view,
-    plan_view,
     print_error,
     print_next,
     troubles,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.store import Metric, Round, RunStore
+from common.store import ClientRound, Metric, Round, RunStore
 from dashboard.findings.budget import Policy, answer, odds, pace, rounds_left, unit
+from dashboard.findings.silence import silence
 from dashboard.queries import privacy
 from dashboard.settings import positive
 from dashboard.views.privacy_without import how_to_ask, protections, risks
@@ -113,6 +115,16 @@ def test_answers() -> None:
     assert "name no budget" in answer(Policy("sample"), rounds, spent, 3, True)
 
 
+def test_the_clients_own_accounts_go_before_a_straight_line() -> None:
+    policy, rounds, spent = Policy("sample", 8.0), [0, 1, 2], [0.0, 2.0, 4.0]
+    assert answer(policy, rounds, spent, 5, True, 3) == (
+        "**ε = 4 of 8 is spent (50%).** By the clients' own accounts the rest lasts 3 rounds; the run plans 3 more."
+    )
+    assert "but the run plans 8: it will not reach the end" in answer(policy, rounds, spent, 10, True, 3)
+    assert answer(policy, rounds, spent, 2, False, 3).endswith("the rest would have lasted 3 rounds.")
+    assert "Nothing is left" in answer(policy, rounds, [0.0, 4.0, 7.9999], 5, True, 0)
+
+
 def test_odds() -> None:
     assert odds(1.0) == "2.72 times"
     assert odds(1e308) == "more than a hundred million times"
@@ -135,10 +147,12 @@ def test_what_protects_a_run_without_privacy(tmp_path: Path) -> None:
     assert "held-out" in " ".join(risks(run))
 
 
-def test_what_cannot_be_had_is_not_promised() -> None:
-    from common.experiment import Experiment
+def test_asking_names_settings_that_there_are() -> None:
+    from common.privacy.settings import PrivacySettings
 
-    assert ("cannot train with differential privacy" in how_to_ask()) == ("privacy" not in Experiment.model_fields)
+    named = set(re.findall(r"privacy\.(\w+)", how_to_ask()))
+    assert named == {"mode", "epsilon"}
+    assert named <= set(PrivacySettings.model_fields)
 
 
 def test_a_private_run(tmp_path: Path, open_page: Opener) -> None:
@@ -156,6 +170,61 @@ def test_a_private_run(tmp_path: Path, open_page: Opener) -> None:
     }
     assert page.dataframe[0].value.to_numpy().tolist()[0] == ["c-4", 4.0, 50.0, 4]
     assert page.multiselect(key="lines").value == ["c-2"]
+
+
+def test_what_a_run_says_of_itself_is_shown(tmp_path: Path, open_page: Opener) -> None:
+    """Its own words on what a row is, what is left, the second accountant, and that it is not private."""
+    with _store(tmp_path, 3, privacy=PRIVATE | {"test_seed": 7}) as store:
+        store.add_event(RUN, "privacy", "", data={"unit": "one *window* of text"})
+        told = [
+            Metric(RUN, 3, name, value, client)
+            for client, left in (("c-1", 9.0), ("c-4", 4.0))
+            for name, value in (("epsilon", 4.0), ("second_epsilon", 3.5), ("rounds_left", left))
+        ]
+        store.commit_round(Round(RUN, 3, START, "committed", epsilon=4.0), (), told, rounds_done=3)
+        with store.reading() as connection:
+            assert privacy.protected(connection, RUN) == "one *window* of text"
+            assert privacy.least_left(connection, RUN) == 4
+    page = open_page(tmp_path, "privacy", run=RUN)
+    assert not page.exception
+    assert "not private" in page.error[0].value
+    assert "By the clients' own accounts the rest would have lasted 4 rounds." in page.markdown[0].value
+    assert "(here a row is one \\*window\\* of text)" in page.markdown[1].value
+    assert next(metric.value for metric in page.metric if metric.label == "Rounds left") == "4"
+    shown = page.dataframe[0].value
+    assert shown["second"].dropna().tolist() == [3.5, 3.5]
+
+
+@pytest.mark.parametrize("data", [{"unit": 3}, {}, [1]], ids=str)
+def test_what_a_run_says_is_not_trusted(data: Any, tmp_path: Path) -> None:
+    with _store(tmp_path) as store:
+        store.add_event(RUN, "privacy", "", data=data)
+        store.commit_round(Round(RUN, 0, START, "committed"), (), [Metric(RUN, 0, "rounds_left", math.nan, "c")])
+        with store.reading() as connection:
+            assert privacy.protected(connection, RUN) == ""
+            assert privacy.least_left(connection, RUN) is None
+
+
+def test_what_clients_do_not_tell(tmp_path: Path) -> None:
+    def said(name: str, **settings: str) -> str:
+        with _store(tmp_path / name, privacy=settings) as store:
+            return silence(store.get_run(RUN))
+
+    assert said("none", mode="none") == ""
+    assert "no losses, numbers of rows and working times" in said("rows", mode="sample", row_counts="private")
+    assert "no losses and working times" in said("public", mode="sample", row_counts="public")
+    assert "no losses and numbers of rows" in said("whole", mode="client")
+
+
+def test_pages_without_the_clients_numbers_say_why(tmp_path: Path, open_page: Opener) -> None:
+    with _store(tmp_path, privacy={"mode": "sample"}) as store:
+        clients = [ClientRound(RUN, 1, f"c-{i}", "accepted", rank=4) for i in range(2)]
+        store.commit_round(Round(RUN, 1, START, "committed", cohort=("c-0", "c-1")), clients, (), rounds_done=1)
+    for name in ("clients", "run"):
+        page = open_page(tmp_path, name, run=RUN)
+        assert not page.exception
+        assert any("Clients tell no losses" in caption.value for caption in page.caption), name
+    assert not any("No client has finished" in line.value for line in page.markdown)
 
 
 def test_a_promise_without_spending_yet(tmp_path: Path, open_page: Opener) -> None:
