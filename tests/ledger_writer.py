@@ -28,6 +28,7 @@ import client.privacy.ledger.file
 import client.privacy.ledger.mark
 from client.node import Node
 from client.privacy.account import admit, settle
+from client.privacy.ledger import read_ledger
 from common.errors import BudgetExhausted
 from common.experiment import Experiment
 from common.messages import TrainOrder
@@ -167,11 +168,7 @@ def killed_and_resumed(folder: Path, hook: str = "", at: int = 0, after_s: float
 
 
 def counted(folder: Path) -> dict[str, Any]:
-    from client.privacy.ledger import read_ledger
-
     lines = {name: _lines(folder / name) for name in ("drawn", "answered")}
-    if not (folder / "privacy.db").exists():
-        return lines | {"reserved": 0, "done": 0}
     book = read_ledger(folder / "privacy.db")
     kinds = [entry.kind for entry in book.entries]
     return lines | {"reserved": kinds.count("reserve"), "done": kinds.count("done")}

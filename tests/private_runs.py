@@ -59,13 +59,17 @@ def killed_and_resumed(home: Path, after_s: float) -> dict[str, Any]:
     return {"killed": ended(first), "resumed": ended(forked(lambda: go_on(home))), "home": str(home)}
 
 
+def duration(home: Path) -> float:
+    began = time.perf_counter()
+    assert ended(forked(lambda: begin(home))) == 0
+    return time.perf_counter() - began
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     noise_multiplier(EPSILON, 1e-5, RATE, ROUNDS * STEPS)  # computed once for all
     client.privacy.balance.SECOND_STEPS = 0  # the second number is for people
-    began = time.perf_counter()
-    assert ended(forked(lambda: begin(folder / "whole"))) == 0
-    whole = time.perf_counter() - began
+    whole = min(duration(folder / name) for name in ("whole", "again"))
     found = [killed_and_resumed(folder / str(n), share * whole) for n, share in enumerate(json.load(sys.stdin))]
     sys.stdout.write("\n" + json.dumps(found))
 

@@ -8,7 +8,8 @@ from client.privacy.engine import Gradients
 from common.errors import UserError
 from common.experiment import Experiment
 from common.privacy.accounting import Mechanism, Spending
-from common.privacy.calibration import noise_multiplier
+from common.privacy.limits import least_noise, limits
+from common.privacy.settings import Budget, PrivacySettings
 
 CANARIES = 2000
 """Made up by default; a bound's width falls with the root of their number."""
@@ -77,7 +78,7 @@ def sharp(setting: Setting) -> Setting:
 def settings_of(experiment: Experiment, canaries: int = CANARIES) -> list[Setting]:
     """Return an experiment's settings: as many steps of its plan as fit, and the sharp one with the same noise.
 
-    Where clients have sample rates of their own, it is the plan of those with the least noise.
+    Where clients differ in sample rates or budgets, it is the plan of those with the least noise.
 
     Raises
     ------
@@ -95,8 +96,9 @@ def settings_of(experiment: Experiment, canaries: int = CANARIES) -> list[Settin
     rounds = privacy.participations or experiment.federation.rounds
     steps = rounds * experiment.training.steps
     clients = experiment.simulated_clients().values()
-    rates = {client.sample_rate or privacy.sample_rate for client in clients if client.trains}
-    noise, rate = min((_noise(experiment, rate, steps), rate) for rate in rates or {privacy.sample_rate})
+    kinds = {(client.sample_rate or privacy.sample_rate, client.budget) for client in clients if client.trains}
+    kinds = kinds or {(privacy.sample_rate, None)}
+    noise, rate = min((_noise(privacy, rate, budget, steps), rate) for rate, budget in kinds)
     planned = Setting(
         "as planned",
         Mechanism(noise, rate),
@@ -110,8 +112,7 @@ def settings_of(experiment: Experiment, canaries: int = CANARIES) -> list[Settin
     return [planned, sharp(planned)]
 
 
-def _noise(experiment: Experiment, rate: float, steps: int) -> float:
-    privacy = experiment.privacy
+def _noise(privacy: PrivacySettings, rate: float, budget: Budget | None, steps: int) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
-    return noise_multiplier(privacy.epsilon, privacy.delta, rate, steps, accountant=privacy.accountant)
+    return least_noise(limits(privacy, budget), rate, steps, privacy.accountant)

@@ -26,7 +26,8 @@ class RecordedOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
         """Clip and add up what was recorded since the last time; nothing recorded adds nothing."""
         sums: Sequence[Tensor | None] = [None] * len(self.record.parameters)
         if self.record.rows is not None:
-            sums = self.record.clipped_sums(self.max_grad_norm)
+            with torch.no_grad():  # what is kept of the forward pass has a graph of its own
+                sums = self.record.clipped_sums(self.max_grad_norm)
         parameters: Sequence[Any] = self.record.parameters
         for parameter, added in zip(parameters, sums, strict=True):
             if parameter.summed_grad is None:

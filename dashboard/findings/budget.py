@@ -61,6 +61,16 @@ class Policy:
         """Tell whether the settings ask for privacy."""
         return self.mode not in ("", "none")
 
+    @property
+    def may_end_early(self) -> bool:
+        """Tell whether the budget may be spent before the planned rounds: noise worked out for them lasts that long."""
+        return self.noise_multiplier is not None or not self.promises
+
+    @property
+    def repeats(self) -> bool:
+        """Tell whether the same settings give the same numbers: noise from the operating system does not."""
+        return self.seeded or not self.promises
+
 
 def unit(policy: Policy, row: str = "") -> str:
     """Say in Markdown whom the numbers protect; ``row`` is what the run itself says of it, of a stranger's making."""

@@ -7,6 +7,7 @@ import streamlit as st
 
 from common.store import Run
 from dashboard.commands import typed
+from dashboard.findings.budget import Policy
 from dashboard.findings.reproduce import recipe
 from dashboard.pieces import command, explain, table
 from dashboard.session import source
@@ -51,10 +52,10 @@ def _again(run: Run) -> None:
             on_click="ignore",
             icon=":material/download:",
         )
-    explain(
-        f"Seed {run.seed}, code {code(run.fingerprint[:16] or 'unknown')}. The same seed, code and library versions on "
-        "a CPU give the same adapter, bit for bit."
-    )
+    promise = "The same seed, code and library versions on a CPU give the same adapter, bit for bit."
+    if not Policy.of(run).repeats:
+        promise = "It will be another adapter: the noise of privacy comes from the operating system and never repeats."
+    explain(f"Seed {run.seed}, code {code(run.fingerprint[:16] or 'unknown')}. {promise}")
 
 
 def _unlike(run: Run) -> None:

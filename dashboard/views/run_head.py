@@ -15,6 +15,7 @@ from common.store import Run, RunStatus, last_sign
 from common.wording import counted, duration, size
 from dashboard.commands import typed
 from dashboard.findings.alarms import Alarm, Facts, Missing, alarms
+from dashboard.findings.budget import Policy
 from dashboard.findings.pace import ago, phase, time_words
 from dashboard.metric_words import metric_words
 from dashboard.queries.standing import Clients, Standing
@@ -116,7 +117,7 @@ def facts_of(seen: Seen) -> Facts:
         exact=merged.exact if merged else False,
         merged_round=merged.round if merged else None,
         epsilon=standing.epsilon,
-        budget=positive(setting(run, "privacy.epsilon")),
+        budget=policy.epsilon if (policy := Policy.of(run)).may_end_early else None,
     )
 
 

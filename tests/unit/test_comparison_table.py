@@ -45,8 +45,8 @@ def _round(number: int, **values: Any) -> Round:
 def test_outcome_of_a_run_by_hand() -> None:
     rounds = [
         _round(0, bytes_up=10, bytes_down=30, seconds=1.5),
-        _round(1, bytes_up=100, bytes_down=300, seconds=2.0, error=0.5),
-        _round(2, bytes_up=200, bytes_down=400, seconds=3.0, error=0.25),
+        _round(1, bytes_up=100, bytes_down=300, seconds=2.0, error=0.5, epsilon=1.5),
+        _round(2, bytes_up=200, bytes_down=400, seconds=3.0, error=0.25, epsilon=2.5),
     ]
     losses = [(0, 3.0, 4.0), (1, 1.0, 1.5), (2, 2.0, 2.5)]
     metrics = [Metric("r", number, "held_out_loss", loss) for number, loss, _ in losses]
@@ -77,6 +77,7 @@ def test_outcome_of_a_run_by_hand() -> None:
         "bytes_up_per_client": 77.5,
         "bytes_down_per_client": 182.5,
         "error": 0.375,
+        "epsilon": 2.5,
     }
     assert set(made.measures) == set(MEASURES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -116,6 +117,37 @@ def test_a_curve_for_other_orders_is_computed_anew() -> None:
     written = curve_bytes(curve(ONE))
     np.testing.assert_array_equal(stored_curve(ONE, written), Spending.of(ONE, 1).rdp)
     np.testing.assert_array_equal(stored_curve(ONE, bytes(8) + bytes(len(written) - 8)), Spending.of(ONE, 1).rdp)
+
+
+def test_a_ledger_that_was_never_begun_is_empty(path: Path) -> None:
+    assert read_ledger(path).entries == []
+    path.parent.mkdir()
+    write_mark(path, Mark())  # killed before the database was made
+    assert read_ledger(path).entries == []
+    assert len(filled(path)) == 3
+
+
+def test_what_a_killed_writer_left_undone_is_undone_by_who_reads(path: Path, tmp_path: Path) -> None:
+    filled(path)
+    killed = tmp_path / "killed" / "ledger.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in (
+            "PRAGMA journal_mode = DELETE",
+            "PRAGMA cache_size = 1",
+            "BEGIN IMMEDIATE",
+            "CREATE TABLE t (x)",
+        ):
+            connection.execute(statement)
+        connection.executemany("INSERT INTO t VALUES (randomblob(5000))", [()] * 50)
+        shutil.copytree(path.parent, killed.parent)  # as a kill leaves it, in the middle of a transaction
+    assert killed.with_name("ledger.db-journal").stat().st_size
+    with (
+        pytest.raises(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"file:{killed}?mode=ro", uri=True)) as reader,
+    ):
+        reader.execute("SELECT * FROM entries")
+    assert len(read_ledger(killed).entries) == 3
+    assert len(filled(killed, 1)) == 1
 
 
 def test_a_mark_behind_is_brought_up(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from client.privacy.engine import open_engine
 from client.privacy.gradients.outer import Outer
 from client.privacy.gradients.record import Record
 from client.privacy.self_check import check_gradients, check_moved, check_trainable
@@ -83,6 +84,19 @@ def test_weights_of_half_the_bits_are_compared_coarsely() -> None:
     losses = losses_of(model)
     model.words.register_forward_hook(lambda module, inputs, output: output.float())
     check_gradients(model, trained(model), losses, BATCH)
+
+
+def test_what_an_engine_leaves_holds_no_graph() -> None:
+    """A head so wide that its gradient is kept as vectors, some of them of the forward pass."""
+    model, inputs = nn.Linear(200, 2000), torch.ones(2, 4, 200, requires_grad=True)
+    parameters = list(model.parameters())
+    with open_engine(
+        model, parameters, torch.optim.SGD(parameters), noise_multiplier=0.0, clipping_norm=1.0, expected_rows=1.0,
+        generator=torch.Generator(),
+    ) as engine:  # fmt: skip
+        engine.add(lambda: model(inputs).sum(dim=(1, 2)), 2)
+        engine.add(lambda: model(inputs).sum(dim=(1, 2)), 2)
+        assert [parameter.summed_grad.requires_grad for parameter in parameters] == [False, False]
 
 
 def test_a_rule_that_is_off_by_a_factor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

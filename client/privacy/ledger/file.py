@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import URL, Engine, insert
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from client.privacy.ledger.book import Book
 from client.privacy.ledger.chain import damaged, verified
@@ -110,7 +110,7 @@ def _opened(path: Path, clock: Callable[[], float]) -> Iterator[Ledger]:
 
 
 def read_ledger(path: Path) -> Book:
-    """Read a ledger while others may write it; nothing is repaired.
+    """Read a ledger while others may write it; its entries and its mark stay as they are.
 
     Raises
     ------
@@ -120,21 +120,29 @@ def read_ledger(path: Path) -> Book:
     with told_in_one_line(path):
         mark = read_mark(path)  # first: the database only grows
         if not path.exists():
-            raise damaged(path, f"the file is gone, {mark.entries if mark else 0} entries must be there")
-        engine = connect(URL.create("sqlite", database=str(path)), read_only=True)
+            _check_never_filled(path, mark)
+            return Book()
         try:
-            with engine.connect() as connection:
-                return Book.of(verified(connection, mark, path))
-        finally:
-            engine.dispose()
+            return _read_book(path, mark, read_only=True)
+        except OperationalError:  # a writer was killed: SQLite undoes what it left, but not while it only reads
+            with alone(path):
+                return _read_book(path, mark, read_only=False)
+
+
+def _read_book(path: Path, mark: Mark | None, read_only: bool) -> Book:
+    engine = connect(URL.create("sqlite", database=str(path)), read_only=read_only)
+    try:
+        with engine.connect() as connection:
+            return Book.of(verified(connection, mark, path))
+    finally:
+        engine.dispose()
 
 
 def _whole_book(path: Path, engine: Engine) -> Book:
     """Verify everything, and bring the mark up to a commit after which its writer was killed."""
     mark = read_mark(path)
     if not path.exists():
-        if mark is not None and mark.entries:
-            raise damaged(path, f"the file is gone, {mark.entries} entries must be there")
+        _check_never_filled(path, mark)
         write_mark(path, Mark())  # before the file: a ledger without a mark has lost it
         mark = Mark()
     with engine.execution_options(writes=True).begin() as connection:
@@ -145,6 +153,12 @@ def _whole_book(path: Path, engine: Engine) -> Book:
     if mark != found:
         write_mark(path, found)
     return Book.of(entries)
+
+
+def _check_never_filled(path: Path, mark: Mark | None) -> None:
+    """Refuse to begin anew where a ledger was lost."""
+    if mark is not None and mark.entries:
+        raise damaged(path, f"the file is gone, {mark.entries} entries must be there")
 
 
 def _signature(path: Path) -> Signature:

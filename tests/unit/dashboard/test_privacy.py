@@ -216,6 +216,14 @@ def test_what_clients_do_not_tell(tmp_path: Path) -> None:
     assert "no losses and numbers of rows" in said("whole", mode="client")
 
 
+def test_a_budget_that_was_planned_is_no_alarm_and_noise_never_repeats() -> None:
+    """Noise worked out for the plan lasts to its end; noise that was given may not."""
+    assert [Policy("sample", 8.0, noise_multiplier=noise).may_end_early for noise in (None, 1.0)] == [False, True]
+    assert Policy("", 8.0).may_end_early
+    assert [Policy("sample", seeded=seeded).repeats for seeded in (False, True)] == [False, True]
+    assert Policy("none").repeats
+
+
 def test_pages_without_the_clients_numbers_say_why(tmp_path: Path, open_page: Opener) -> None:
     with _store(tmp_path, privacy={"mode": "sample"}) as store:
         clients = [ClientRound(RUN, 1, f"c-{i}", "accepted", rank=4) for i in range(2)]
@@ -224,6 +232,7 @@ def test_pages_without_the_clients_numbers_say_why(tmp_path: Path, open_page: Op
         page = open_page(tmp_path, name, run=RUN)
         assert not page.exception
         assert any("Clients tell no losses" in caption.value for caption in page.caption), name
+    assert any("never repeats" in caption.value for caption in page.caption)
     assert not any("No client has finished" in line.value for line in page.markdown)
 
 
