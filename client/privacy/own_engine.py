@@ -41,8 +41,9 @@ class RecordedOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
         """Add noise to the sums, in fp32 whatever the parameters' number format is; rounding comes afterwards."""
         parameters: Sequence[Any] = self.record.parameters
         for parameter in parameters:
-            noise = gaussian(parameter, self.noise_multiplier * self.max_grad_norm, self.generator)
-            parameter.grad = (noise + parameter.summed_grad).to(parameter.dtype)
+            noised = gaussian(parameter, self.noise_multiplier * self.max_grad_norm, self.generator)
+            noised += parameter.summed_grad
+            parameter.grad = noised.to(parameter.dtype)
 
 
 class OwnEngine:

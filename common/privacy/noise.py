@@ -47,7 +47,8 @@ def gaussian(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """Draw noise of standard deviation ``std`` in the shape of ``like``, fp32, as Opacus's secure mode does."""
     shape, device = like.shape, like.device
     torch.normal(0.0, std, (1,), generator=generator, device=device)  # the first draw is thrown away
-    total = torch.normal(0.0, std, shape, generator=generator, device=device)
+    share = std / DRAWS**0.5
+    total = torch.normal(0.0, share, shape, generator=generator, device=device)
     for _ in range(DRAWS - 1):
-        total += torch.normal(0.0, std, shape, generator=generator, device=device)
-    return total.div_(DRAWS**0.5)
+        total += torch.normal(0.0, share, shape, generator=generator, device=device)
+    return total

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,11 +17,11 @@ import torch
 from reporting import ROOT, in_fresh_process, peak_above, report
 from torch import nn
 
-from client.privacy.engine import Gradients, open_engine
+from client.privacy.engine import Engine, Gradients, open_engine
 from tests.private_models import Case, adapted, freeze, labels, llama, next_tokens, unet
 
 WAYS = ("plain", "own", "hooks", "functorch", "ghost", "one at a time")
-REPEATS = 11
+REPEATS = 9
 MEMORY_STEPS = 3
 CLIP = 1.0
 WIDE = {
@@ -99,16 +100,15 @@ SETTINGS = (
 )
 
 
-def step(way: str, case: Case) -> Callable[[], None]:
-    """Return what runs one whole step: forward, backward, clipping, noise and AdamW."""
+@contextmanager
+def stepping(way: str, case: Case) -> Iterator[Callable[[], None]]:
+    """Give what runs one whole step: forward, backward, clipping, noise and AdamW; a round opens an engine once."""
     optimizer = torch.optim.AdamW(case.parameters, lr=1e-5)
     if way == "plain":
-        return lambda: _stepped(optimizer, lambda: case.all_losses().mean().backward())
-    if way == "one at a time":
-        return lambda: _stepped(optimizer, lambda: _one_at_a_time(case))
-    generator = torch.Generator(case.parameters[0].device).manual_seed(0)
-
-    def private() -> None:
+        yield lambda: _stepped(optimizer, lambda: case.all_losses().mean().backward())
+    elif way == "one at a time":
+        yield lambda: _stepped(optimizer, lambda: _one_at_a_time(case))
+    else:
         with open_engine(
             case.model,
             case.parameters,
@@ -117,14 +117,14 @@ def step(way: str, case: Case) -> Callable[[], None]:
             noise_multiplier=1.0,
             clipping_norm=CLIP,
             expected_rows=case.rows,
-            generator=generator,
+            generator=torch.Generator(case.parameters[0].device).manual_seed(0),
         ) as engine:
-            engine.add(case.all_losses, case.rows)
-            engine.noise()
-            optimizer.step()
-            optimizer.zero_grad()
+            yield lambda: _stepped(optimizer, lambda: _private(engine, case))
 
-    return private
+
+def _private(engine: Engine, case: Case) -> None:
+    engine.add(case.all_losses, case.rows)
+    engine.noise()
 
 
 def _stepped(optimizer: torch.optim.Optimizer, gradients: Callable[[], None]) -> None:
@@ -159,34 +159,34 @@ def built(setting: Setting, device: str = "cpu") -> Case:
 def times(setting: Setting, device: str = "cpu") -> dict[str, float]:
     """Return the least time of a step by every way, all taken in turn in one process: processor seconds on a CPU."""
     case = built(setting, device)
-    steps = {way: step(way, case) for way in WAYS}
     best = dict.fromkeys(WAYS, float("inf"))
     clock = time.process_time if device == "cpu" else time.perf_counter
-    for repeat in range(REPEATS + 1):
-        for way, work in steps.items():
-            start = clock()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first warms up
+    for _ in range(REPEATS):
+        for way in WAYS:
+            with stepping(way, case) as work:
+                for _ in ("warms up", "is measured"):
+                    start = clock()
+                    work()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
                 best[way] = min(best[way], clock() - start)
     return best
 
 
 def memory(setting: Setting, way: str) -> int:
     """Return by how many bytes some steps make this process grow above model and batch."""
-    work = step(way, built(setting))
-    return peak_above(lambda: [work() for _ in range(MEMORY_STEPS)])[1]
+    with stepping(way, built(setting)) as work:
+        return peak_above(lambda: [work() for _ in range(MEMORY_STEPS)])[1]
 
 
 def memory_on_gpu(setting: Setting, way: str) -> int:
     """Return the peak of the GPU's memory above model and batch, in bytes."""
-    work = step(way, built(setting, "cuda"))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _ in range(MEMORY_STEPS):
-        work()
-    return torch.cuda.max_memory_allocated() - before
+    with stepping(way, built(setting, "cuda")) as work:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(MEMORY_STEPS):
+            work()
+        return torch.cuda.max_memory_allocated() - before
 
 
 def cells(values: dict[str, float], unit: float, text: str) -> list[str]:

@@ -93,10 +93,10 @@ def refuse_others(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 def _rules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule]]:
     """Find the rules of all layers below which something is trainable."""
+    trained = [name for name, held in model.named_parameters(remove_duplicate=False) if held.requires_grad]
+    above = {"", *(name[:place] for name in trained for place, letter in enumerate(name) if letter == ".")}
     for name, module in model.named_modules():
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            continue
-        if (found := rule_of(module)) is None:
+        if name not in above or (found := rule_of(module)) is None:
             continue
         reason = found.refuse(module)
         if "forward" in module.__dict__:

@@ -39,6 +39,7 @@ class Record:
         self.rows: int | None = None
         self._number = {id(parameter): number for number, parameter in enumerate(parameters)}
         self._whole: list[Tensor | None] = []
+        self._squares: list[Tensor | None] = []
         self._pairs: list[list[Outer]] = []
         self.clear()
 
@@ -46,6 +47,7 @@ class Record:
         """Forget everything."""
         self.rows = None
         self._whole = [None] * len(self.parameters)
+        self._squares = [None] * len(self.parameters)
         self._pairs = [[] for _ in self.parameters]
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -54,6 +56,8 @@ class Record:
         held = self._whole[number]
         gradient = gradient.float()
         self._whole[number] = gradient if held is None else held + gradient
+        # Now, while the numbers are in the processor's cache; it holds as long as nothing more arrives.
+        self._squares[number] = _squares(gradient) if held is None else None
 
     def add_outer(self, parameter: Tensor, pair: Outer) -> None:
         """Add every row's gradient of a matrix as outer products."""
@@ -97,8 +101,8 @@ class Record:
         self._settle(number)
         whole, pairs = self._whole[number], self._pairs[number]
         if whole is not None:
-            squares: Tensor = torch.linalg.vector_norm(_flat(whole), dim=1).square()
-            return squares
+            squares = self._squares[number]
+            return _squares(whole) if squares is None else squares
         if pairs:
             return squared_norms(pairs)
         return torch.zeros(self.rows or 0, device=self.parameters[number].device)
@@ -108,7 +112,7 @@ class Record:
         if (whole := self._whole[number]) is not None and self._pairs[number]:
             for pair in self._pairs[number]:
                 whole = whole + pair.dense().view_as(whole)
-            self._whole[number], self._pairs[number] = whole, []
+            self._whole[number], self._squares[number], self._pairs[number] = whole, None, []
 
     def _silence(self, bad: Tensor) -> None:
         for number, (whole, pairs) in enumerate(zip(self._whole, self._pairs, strict=True)):
@@ -127,10 +131,11 @@ class Record:
         return None if total is None else total.reshape(parameter.shape)
 
 
-def _flat(gradient: Tensor) -> Tensor:
-    """View a gradient as one vector per row, in whichever order its numbers lie."""
+def _squares(gradient: Tensor) -> Tensor:
+    """Return each row's squared norm; the numbers are taken in whichever order they lie."""
     ordered = gradient if gradient.is_contiguous() else gradient.transpose(1, -1)
-    return ordered.flatten(1)
+    found: Tensor = torch.linalg.vector_norm(ordered.flatten(1), dim=1).square()
+    return found
 
 
 def _weighted_rows(gradient: Tensor, factors: Tensor) -> Tensor:
