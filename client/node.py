@@ -37,6 +37,8 @@ class Node:
         File that limits what the client's data are used for under privacy; None can keep no such promise.
     budget : Budget or None
         The owner's own limit.
+    data_set : str
+        What the owner calls its data, whatever an experiment says; empty: what the experiment calls them.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Node:
     shared: Path | None
     ledger: Path | None = None
     budget: Budget | None = None
+    data_set: str = ""
 
 
 def node_of(context: Context) -> Node:
@@ -68,7 +71,8 @@ def node_of(context: Context) -> Node:
     shared = Path(home) / "runs" / run / "clients" if home and run else None
     node = Node(str(name), experiment, clients, shared / str(name) if shared else None, shared)
     if owner is not None:  # a ledger of its own, which counts all experiments, whatever this one says
-        return replace(node, ledger=Path(place).absolute().parent / LEDGER, budget=owner.budget)
+        ledger = Path(place).absolute().parent / LEDGER
+        return replace(node, ledger=ledger, budget=owner.budget, data_set="the owner's data")
     settings = dict(clients).get(node.name)
     budget = settings.budget if settings else None
     if shared is None:

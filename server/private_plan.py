@@ -96,6 +96,8 @@ class PrivatePlan:
         False where noise comes from ``privacy.test_seed``.
     clients : tuple of PrivateClient
         Those that train, by name.
+    refusing : mapping of str to str
+        Clients whose owners' budgets were spent by earlier runs, and what each of them will say.
     """
 
     mode: str
@@ -111,6 +113,7 @@ class PrivatePlan:
     lasts: int | None
     private: bool
     clients: tuple[PrivateClient, ...]
+    refusing: Mapping[str, str]
 
 
 def plan_privacy(
@@ -142,11 +145,11 @@ def plan_privacy(
     """
     privacy = experiment.privacy
     steps = experiment.training.steps if privacy.protects_rows else 1
-    promises = _promises(experiment, list(ranks), steps, spent)
+    promises, refusing = _promises(experiment, list(ranks), steps, spent)
     numbers = {rank: trained_numbers(strategy, spec, rank, experiment) for rank in set(ranks.values())}
     known = clients_key(experiment.simulated_clients())
     made = []
-    for name, rank in sorted(ranks.items()):
+    for name, rank in sorted((name, rank) for name, rank in ranks.items() if name in promises):
         rows = len(task.client_data(name, known, experiment.seed).train) if privacy.protects_rows else None
         noised = numbers[rank] if privacy.protects_rows else max(numbers.values())
         made.append(_client(name, promises[name], rows, cohort, noised))
@@ -164,6 +167,7 @@ def plan_privacy(
         lasts=None if privacy.noise_multiplier is None else min(promise.lasts for promise in promises.values()),
         private=privacy.test_seed is None,
         clients=tuple(made),
+        refusing=refusing,
     )
 
 
@@ -191,11 +195,12 @@ class _Promise:
 
 def _promises(
     experiment: Experiment, names: list[str], steps: int, spent: Mapping[str, Spending]
-) -> dict[str, _Promise]:
-    """Calibrate every client's noise; clients under the same conditions are worked out once."""
+) -> tuple[dict[str, _Promise], dict[str, str]]:
+    """Calibrate every client's noise, or say why it will refuse; clients under like conditions are worked out once."""
     settings = experiment.simulated_clients()
     alike: dict[tuple[float | None, Budget | None, str], _Promise] = {}
     found: dict[str, _Promise] = {}
+    refusing: dict[str, str] = {}
     problems: dict[str, list[str]] = {}
     for name in sorted(names):
         mine = settings[name] if experiment.privacy.protects_rows else ClientSettings()
@@ -206,10 +211,16 @@ def _promises(
             found[name] = alike[key]
         except ConfigurationError as error:
             problems.setdefault(str(error), []).append(name)
+            if name in spent and experiment.privacy.on_exhausted == "skip":
+                refusing[name] = str(error)
+    if refusing and found:  # what was spent before is no mistake of this experiment: it goes on without them
+        problems = {
+            text: rest for text, who in problems.items() if (rest := [one for one in who if one not in refusing])
+        }
     if problems:
         whole = experiment.privacy.protects_clients
         raise ConfigurationError(text if whole else f"client {named(who)}: {text}" for text, who in problems.items())
-    return found
+    return found, refusing
 
 
 def _promise(experiment: Experiment, client: ClientSettings, steps: int, spent: Spending) -> _Promise:

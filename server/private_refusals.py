@@ -36,6 +36,7 @@ def privacy_notices(experiment: Experiment, plan: PrivatePlan, task: Task) -> li
         found.append("NOT PRIVATE: privacy.test_seed draws noise and samples from a seed that anybody can repeat")
     if "server" in experiment.evaluation.on and task.public_data() is None:
         found.append("nobody measures the model: the server has no public data, and clients do not tell of theirs")
+    found += [f"{name} will refuse, and the run goes on without it: {why}" for name, why in plan.refusing.items()]
     planned = experiment.federation.rounds
     if plan.lasts is not None and plan.lasts < min(planned, experiment.privacy.participations or planned):
         short = [client.name for client in plan.clients if len(client.epsilons) == plan.lasts]

@@ -21,6 +21,7 @@ from server.plan import make_plan, rank_summary
 from server.progress import announce
 from server.rounds import out_of_patience
 from simulations.places import with_fixed_places
+from simulations.spent import spent_before
 from strategies import AGGREGATION
 
 
@@ -83,7 +84,7 @@ def simulate(experiment: Experiment, home: Path | str | None = None) -> Finished
     """
     place = Path(home) if home is not None else default_home()
     experiment = with_fixed_places(experiment, place)
-    plan = make_plan(experiment)
+    plan = make_plan(experiment, spent_before(experiment, place))
     announce("planned", f"{plan.rounds} rounds, ranks {rank_summary(plan)}", plan=plan, experiment=experiment)
     for notice in plan.notices:
         announce("notice", notice)

@@ -9,13 +9,19 @@ from client.privacy.balance import noise_within
 from client.privacy.ledger import Book, Entry
 from client.privacy.ledger.entry import curve_bytes
 from common.errors import BudgetExhausted, ConfigurationError, NotPrivate
-from common.experiment import ClientSettings
+from common.experiment import ClientSettings, Experiment
 from common.messages import TrainOrder
 from common.privacy.accounting import Mechanism, curve
 from common.privacy.limits import Limit, limits
 
 FIXED = ("sample_rate", "clipping_norm", "steps", "epsilon", "delta", "accountant", "test_seed")
 """What stays the same over a run."""
+
+
+def label_of(experiment: Experiment, client: str) -> str:
+    """Name a simulated client's data: what is spent on one label adds up, whatever rows are cut from them."""
+    settings = experiment.simulated_clients().get(client) or ClientSettings()
+    return f"{experiment.task.name}:{settings.data or client}"
 
 
 def what_is_asked(node: Node, order: TrainOrder, fingerprint: str) -> Entry:
@@ -27,7 +33,7 @@ def what_is_asked(node: Node, order: TrainOrder, fingerprint: str) -> Entry:
         run=order.run,
         round=order.round,
         attempt=order.attempt,
-        label=f"{node.experiment.task.name}:{settings.data or node.name}",
+        label=node.data_set or label_of(node.experiment, node.name),
         fingerprint=fingerprint,
         noise_multiplier=0.0,
         sample_rate=settings.sample_rate or privacy.sample_rate,
@@ -57,7 +63,7 @@ def planned_run(node: Node, wanted: Entry, book: Book) -> Entry:
     try:
         noise = noise or noise_within(limits_of(node, wanted, book), wanted.sample_rate, steps, wanted.accountant)
     except ConfigurationError as error:
-        raise BudgetExhausted(f"the privacy budget of {wanted.label} does not reach: {error}") from None
+        raise BudgetExhausted(f"the privacy budget of {wanted.client} does not reach: {error}") from None
     return replace(wanted, noise_multiplier=noise, curve=curve_bytes(curve(Mechanism(noise, wanted.sample_rate))))
 
 
@@ -97,13 +103,13 @@ def check_plan(node: Node, plan: Entry, wanted: Entry, book: Book) -> None:
     taken = book.rounds_of(wanted.run) | {wanted.round}
     if plan.rounds and len(taken) > plan.rounds:
         raise BudgetExhausted(
-            f"the privacy budget of {wanted.label} is spent: this client has taken part in the {plan.rounds} rounds "
+            f"the privacy budget of {wanted.client} is spent: this client has taken part in the {plan.rounds} rounds "
             f"that were planned in round {plan.round}; start a new run"
         )
     steps = book.steps_of(wanted.run)
     if not node.experiment.privacy.noise_multiplier and steps + wanted.steps > plan.rounds * plan.steps:
         raise BudgetExhausted(
-            f"the privacy budget of {wanted.label} is spent: the noise was chosen for {plan.rounds} rounds of "
+            f"the privacy budget of {wanted.client} is spent: the noise was chosen for {plan.rounds} rounds of "
             f"{plan.steps} steps, and {steps} steps are spent, interrupted ones among them; start a new run"
         )
 

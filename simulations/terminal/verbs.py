@@ -48,9 +48,10 @@ def plan(source: str, overrides: list[str], output: Output) -> int:
     """Check and plan an experiment."""
     from server.plan import make_plan
     from simulations.places import with_fixed_places
+    from simulations.spent import spent_before
 
     experiment = with_fixed_places(_experiment(source, overrides), output.home)
-    made = make_plan(experiment)
+    made = make_plan(experiment, spent_before(experiment, output.home))
     names = {"name": experiment.name, "task": experiment.task.name, "strategy": experiment.strategy.name}
     output.show(names | asdict(made), plan_view(made, experiment))
     return 0
