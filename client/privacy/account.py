@@ -163,7 +163,7 @@ def _check_budgets(balance: Balance, wanted: Entry) -> None:
         return
     whose = "of this experiment" if limit is balance.under[0] else "the owner's"
     raise BudgetExhausted(
-        f"the privacy budget of {wanted.client} is spent: ε {balance.epsilon(limit):.4g} of {limit.epsilon:g} ({whose}, "
-        f"δ = {limit.delta:g}); a further round needs ε {balance.epsilon(limit, wanted.steps):.4g} in all; "
+        f"the privacy budget of {wanted.client} is spent: ε {balance.epsilon(limit):.4g} of {limit.epsilon:g} "
+        f"({whose}, δ = {limit.delta:g}); a further round needs ε {balance.epsilon(limit, wanted.steps):.4g} in all; "
         f"{balance.steps_left(limit, wanted.steps)} of its {wanted.steps} steps are left"
     )

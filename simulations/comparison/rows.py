@@ -29,8 +29,8 @@ MEASURES = (
     "left_out",
 )
 """Losses are those of the last evaluated round, ``best_loss`` the lowest, ``change`` the fall or rise of the
-held-out loss since round 0; ``error`` is the mean over rounds, ``epsilon`` what the client that spent most has spent of its privacy, ``left_out``
-counts replies that were."""
+held-out loss since round 0; ``error`` is the mean over rounds, ``epsilon`` what the client that spent most has spent of
+its privacy, ``left_out`` counts replies that were."""
 
 TASK_MEASURES = ("perplexity", "excess_loss")
 """Measured by some tasks only: how far the loss is above the known optimum, and so on."""

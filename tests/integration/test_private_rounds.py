@@ -25,6 +25,9 @@ from tests.tiny import Client, drive, name_of, synthetic, tiny
 
 PRIVATE = ("privacy.mode=sample", "privacy.sample_rate=0.2", "federation.rounds=3")
 NAMES = ("client-1", "client-2", "client-3", "client-4")
+TYPICAL = {"fedavg", "ffa_lora", "flora", "lora_lego", "fed_sb", "fedsa_lora"}
+"""Means, frozen factors, stacks, clusters, a core, and factors that stay at home."""
+
 SPARSE = {"slora"}
 """Strategies with a part that has no per-row rule."""
 
@@ -76,7 +79,14 @@ def test_a_run_spends_its_budget_and_no_more(tmp_path: Path) -> None:
     assert spent(run, "rounds_left") == {name: [2.0, 1.0, 0.0] for name in NAMES}
 
 
-@pytest.mark.parametrize("name", [name for name in AGGREGATION.names() if name not in SPARSE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in TYPICAL else pytest.mark.long)
+        for name in AGGREGATION.names()
+        if name not in SPARSE
+    ],
+)
 def test_every_strategy_trains_under_privacy(tmp_path: Path, name: str) -> None:
     mixed = AGGREGATION.plugin(name).capabilities.mixed_ranks
     ranks = (2, 4, 4, 8) if mixed else (4, 4, 4, 4)

@@ -106,6 +106,18 @@ def test_the_stricter_budget_decides_and_what_was_spent_counts(tmp_path: Path) -
     assert (ada.budget_epsilon, dot.budget_epsilon) == (2, None)
 
 
+def test_a_budget_that_earlier_runs_have_spent_does_not_keep_the_others_from_training(tmp_path: Path) -> None:
+    spent = {"ada": Spending.of(Mechanism(1.0, 0.1), 20)}
+    experiment = tiny(tmp_path, *ROWS, "clients.ada.budget={epsilon=2}")
+    plan = make_plan(experiment, spent)
+    assert plan.privacy is not None
+    assert [client.name for client in plan.privacy.clients] == ["ben", "cyd", "dot"]
+    assert any(notice.startswith("ada will refuse, and the run goes on without it: ") for notice in plan.notices)
+    stopping = tiny(tmp_path, *ROWS, "clients.ada.budget={epsilon=2}", "privacy.on_exhausted=stop")
+    with pytest.raises(ConfigurationError, match=r"client ada: a budget of ε = 2 cannot be kept"):
+        make_plan(stopping, spent)
+
+
 def test_fewer_participations_need_less_noise(tmp_path: Path) -> None:
     often, once = planned(tmp_path, *ROWS), planned(tmp_path, *ROWS, "privacy.participations=1")
     assert once.noise_multiplier < often.noise_multiplier
