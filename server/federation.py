@@ -53,7 +53,7 @@ class Federation:
     met : set of str
         Clients that were recorded as members.
     exhausted : set of str
-        Clients that said their privacy budget is spent; forgotten when the server restarts.
+        Clients that said their privacy budget is spent, or planned to its end; forgotten when the server restarts.
     """
 
     run: str

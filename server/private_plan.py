@@ -232,9 +232,10 @@ def _promise(experiment: Experiment, client: ClientSettings, steps: int, spent: 
     mechanism = Mechanism(noise, rate)
     lasts = steps_within(under, mechanism, FOREVER * steps, decides) // steps if privacy.noise_multiplier else rounds
     if not lasts:
+        once = Spending.of(mechanism, steps).epsilon(privacy.delta, decides)
         raise ConfigurationError(
-            f"privacy.noise_multiplier = {noise:g} spends more in one round than ε allows; raise it, or leave it out "
-            "to have the noise worked out"
+            f"privacy.noise_multiplier = {noise:g} spends ε = {once:.4g} in one round, more than is allowed; raise it, "
+            "or leave it out to have the noise worked out"
         )
     spending = [Spending.of(mechanism, steps * number) for number in range(1, min(rounds, lasts) + 1)]
     epsilons = tuple(spending_of.epsilon(privacy.delta, decides) for spending_of in spending)

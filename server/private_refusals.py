@@ -34,8 +34,13 @@ def privacy_notices(experiment: Experiment, plan: PrivatePlan, task: Task) -> li
     found = []
     if not plan.private:
         found.append("NOT PRIVATE: privacy.test_seed draws noise and samples from a seed that anybody can repeat")
-    if "server" in experiment.evaluation.on and task.public_data() is None:
-        found.append("nobody measures the model: the server has no public data, and clients do not tell of theirs")
+    if experiment.evaluation.on == ("server",) and task.public_data() is None:
+        instead = (
+            "this task's rows are nobody's, so clients may: set evaluation.on = [\"clients\"]"
+            if task.synthetic
+            else "clients do not tell of theirs"
+        )
+        found.append(f"nobody measures the model: the server has no public data, and {instead}")
     found += [f"{name} will refuse, and the run goes on without it: {why}" for name, why in plan.refusing.items()]
     planned = experiment.federation.rounds
     if plan.lasts is not None and plan.lasts < min(planned, experiment.privacy.participations or planned):

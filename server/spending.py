@@ -45,10 +45,12 @@ def check_report(answer: TrainAnswer, experiment: Experiment) -> None:
         raise RejectedUpdate(f"it has spent ε = {report.epsilon:.4g} of privacy.epsilon = {privacy.epsilon:g}")
 
 
-def record_report(record: RoundRecord, client: str, report: PrivacyReport | None) -> None:
-    """Write what a client's training cost, where it says so, into the round's record."""
+def record_report(federation: Federation, record: RoundRecord, client: str, report: PrivacyReport | None) -> None:
+    """Write what a client's training cost, where it says so, into the record; one with no round left is done."""
     if report is None:
         return
+    if not report.rounds_left:
+        federation.exhausted.add(client)
     record.measure("epsilon", report.epsilon, client)
     if report.second_epsilon is not None:
         record.measure("second_epsilon", report.second_epsilon, client)

@@ -161,7 +161,7 @@ class Collection:
         }
         for key, value in update.metrics.items():
             self.record.measure(key, value, name)
-        record_report(self.record, name, answer.privacy)
+        record_report(self.federation, self.record, name, answer.privacy)
         loss = update.metrics.get("train_loss")
         took = f" in {answer.seconds:.1f} s" if answer.seconds else ""
         told = {"seconds": answer.seconds, "train_loss": loss}

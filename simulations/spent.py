@@ -28,12 +28,11 @@ def spent_before(experiment: Experiment, home: Path) -> dict[str, Spending]:
         return found
     clients = experiment.simulated_clients()
     for name, settings in clients.items():
-        ledger = home_ledger(home, name)
-        if not settings.trains or not ledger.exists():
+        if not settings.trains:
             continue
         try:
             rows = task_of(experiment).client_data(name, clients_key(clients), experiment.seed).train
         except UserError:
             continue  # the plan tells what is wrong with the data, with everything else that is
-        found[name] = read_ledger(ledger).spent_on(label_of(experiment, name), fingerprint_of(rows))
+        found[name] = read_ledger(home_ledger(home, name)).spent_on(label_of(experiment, name), fingerprint_of(rows))
     return found

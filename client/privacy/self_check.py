@@ -7,6 +7,7 @@ learn without noise, or that never learn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -83,7 +84,7 @@ def check_gradients(
 ) -> None:
     """Compare what the engine adds up with plain autograd, one row at a time; afterwards all is as before.
 
-    What it says when it fails holds no number: the server reads it, and rows are private.
+    It is made before anything is charged, and the server sees how it ends: the rows must be made up.
 
     The rows' losses must not change with their neighbours. The engine's sum of unclipped gradients must be that of
     autograd, and so must the sum of gradients that are all clipped to half of the smallest: that is right only if every
@@ -98,7 +99,7 @@ def check_gradients(
     row_losses : callable
         Runs the forward pass of a batch and returns each row's loss, shape (rows,).
     batch : mapping of str to Tensor
-        Some of the client's rows, at least two; unlike rows tell more.
+        Made-up rows, at least two; unlike rows tell more.
     gradients : {"own", "hooks", "functorch", "ghost"}
         The engine that will train.
     tolerance : float, optional
@@ -118,6 +119,8 @@ def check_gradients(
             tolerance = EXACT if _all_fp32(model, together) else COARSE
         _compare_losses(together.detach().float(), torch.stack([loss for loss, _ in single]), tolerance)
         norms = [float(torch.stack([part.norm() for part in parts]).norm()) for _, parts in single]
+        if not all(map(math.isfinite, norms)):
+            raise NotPrivate("the gradients of made-up rows are not finite at the adapter that was sent; start anew")
         half = min((norm for norm in norms if norm > 0), default=1.0) / 2
         for clipping_norm in (max(1.0, *norms) * 1e3, half):
             expected = _clipped_sum([parts for _, parts in single], norms, clipping_norm)

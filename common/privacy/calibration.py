@@ -13,8 +13,11 @@ from common.errors import ConfigurationError
 from common.privacy.accounting import ORDERS, Mechanism, Spending, bounds
 from common.privacy.settings import Accountant
 
-LEAST_NOISE, MOST_NOISE = 1e-3, 1e4
-"""Less noise is none; more helps no budget: what is left of ε is the smallest that the orders can certify."""
+LEAST_NOISE, MOST_NOISE = 0.01, 1e3
+"""Less noise is none, and with more nothing is learned."""
+
+ALL_BUT = 0.99
+"""A budget of which so much is spent is spent: what is left would be trained on noise alone."""
 
 EXACT, COMPOSED = 1e-9, 1e-4
 """Relative widths at which searches for the noise end: by one order, and by the composed loss, which is coarser."""
@@ -60,12 +63,15 @@ def noise_multiplier(
     def needs(noise: float) -> float:
         return (spent + Spending.of(Mechanism(noise, sample_rate), steps)).epsilon(delta, accountant)
 
-    enough = _least_by_orders(epsilon, delta, sample_rate, steps, spent)
-    if enough is None and (least := needs(MOST_NOISE)) > epsilon:
-        already = f" with ε = {spent.epsilon(delta, accountant):.4g} spent before" if spent.steps else ""
+    before, least = spent.epsilon(delta, accountant), 0.0
+    enough = _least_by_orders(epsilon, delta, sample_rate, steps, spent) if before <= ALL_BUT * epsilon else None
+    if enough is None and (before > ALL_BUT * epsilon or (least := needs(MOST_NOISE)) > epsilon):
+        least = max(least, before)
+        already = f" with ε = {before:.4g} spent before" if spent.steps else ""
+        advice = "as good as nothing is left of it" if before > epsilon / 2 else "raise epsilon or plan fewer rounds"
         raise ConfigurationError(
             f"a budget of ε = {epsilon:g} cannot be kept over {steps} steps at δ = {delta:g}{already}: "
-            f"the smallest ε within reach is {least:.4g}; raise epsilon or plan fewer rounds"
+            f"the smallest ε within reach is {least:.4g}; {advice}"
         )
     if accountant == "rdp" and enough is not None:
         return enough

@@ -34,18 +34,22 @@ class PrivacySettings(Section):
         "client: the server clips updates and adds noise, and protects a client as a whole (linear strategies).",
     )
     epsilon: float = Field(
-        8.0, gt=0, description="Budget of the whole experiment, per client; the noise is calibrated to it."
+        8.0, gt=0, le=1e9, description="Budget of the whole experiment, per client; the noise is calibrated to it."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ of the promise; well below one in the number of rows.")
     clipping_norm: float = Field(
-        1.0, gt=0, description="No row's gradient (sample) or client's update (client) counts for more than this norm."
+        1.0,
+        ge=1e-6,
+        le=1e9,
+        description="No row's gradient (sample) or client's update (client) counts for more than this norm.",
     )
     accountant: Accountant = Field(
         "rdp", description="The one that calibrates, plans and decides; the other is shown as a second number."
     )
     noise_multiplier: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
+        le=1e3,
         description="Noise as a multiple of clipping_norm, instead of what epsilon needs; training then goes on until "
         "epsilon is spent.",
     )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from common.errors import NotPrivate
 from common.experiment import ClientSettings
 from common.plugins import Family, Plugin
 
@@ -113,6 +114,19 @@ class Task(Plugin):
     @abstractmethod
     def public_data(self) -> Rows | None:
         """Read the public examples the server evaluates on, if there are any."""
+
+    def made_up_rows(self, count: int) -> Batch:
+        """Make rows up that are nobody's, unlike one another; per-row gradients are checked on them.
+
+        Raises
+        ------
+        NotPrivate
+            If the task does not say how.
+        """
+        raise NotPrivate(
+            f"task {self.plugin_name} makes no rows up, without which per-row gradients cannot be checked; "
+            "give it a method made_up_rows, or train without privacy of rows"
+        )
 
     @abstractmethod
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:

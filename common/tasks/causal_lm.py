@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -37,6 +37,8 @@ class TextRows:
     """Token rows as a task's examples."""
 
     rows: TokenRows
+    records: tuple[bytes, ...] = ()
+    """What the rows were cut from: whole texts, those held out among them. Ledgers know the data by these."""
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -161,6 +163,16 @@ class CausalLm(Task):
                 tokens += int(counted.sum())
         return {"loss": total / max(tokens, 1)}
 
+    def made_up_rows(self, count: int) -> Batch:
+        """Draw tokens, and end each row earlier than the one before."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = len(tokenizer_of(self.base_place, self.revision))
+        input_ids = torch.randint(tokens, (count, self.sequence_length), generator=generator)
+        labels = input_ids.clone()
+        for row in range(count):
+            labels[row, self.sequence_length - row * self.sequence_length // (2 * count) :] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity of the mean cross-entropy."""
         return {"perplexity": math.exp(min(means["loss"], 700.0))}
@@ -223,8 +235,9 @@ class CausalLm(Task):
 @lru_cache(maxsize=32)
 def _client_rows(task: CausalLm, client: str, clients: Clients, seed: int) -> ClientData:
     share = client_share(task._source, client, clients, seed)
+    records = tuple(sorted({document.text.encode() for document in (*share.train, *share.held_out)}))
     try:
-        return ClientData(task._rows(share.train), task._rows(share.held_out))
+        return ClientData(replace(task._rows(share.train), records=records), task._rows(share.held_out))
     except DataError as error:
         raise DataError(f"client {client}: {error}") from None
 

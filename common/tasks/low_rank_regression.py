@@ -162,6 +162,13 @@ class LowRankRegression(Task):
         """Have none: the optimum is known instead."""
         return None
 
+    def made_up_rows(self, count: int) -> Batch:
+        """Draw pairs that no client has."""
+        generator = torch.Generator().manual_seed(0)
+        widths = [sum(side) for side in zip(*self.shapes, strict=True)]
+        y, x = (torch.randn(count, width, generator=generator) for width in widths)
+        return {"x": x, "y": y}
+
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of each row's outputs, shape (batch,)."""
         return (_outputs(model, batch["x"]) - batch["y"].to(_weight(model).device)).square().mean(dim=1)

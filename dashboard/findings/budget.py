@@ -168,7 +168,10 @@ def _beside_plan(reach: int, still: int) -> str:
 
 def odds(epsilon: float) -> str:
     """Say how much more probable an outcome may be with a unit than without."""
-    return f"{math.exp(epsilon):,.3g} times" if epsilon <= 20 else "more than a hundred million times"
+    if epsilon > 20:
+        return "more than a hundred million times"
+    factor = math.exp(epsilon)
+    return f"{factor:,.0f} times" if factor >= 100 else f"{factor:.3g} times"
 
 
 def _word(value: Any) -> str:

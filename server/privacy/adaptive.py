@@ -1,12 +1,14 @@
 """A clipping norm that follows a quantile of the updates' norms, told by nothing but a noised count.
 
 ``b_k = 1`` if ``‖u_k‖ ≤ C``; ``f = (Σ (b_k − ½) + N(0, σ_b²)) / n + ½``; ``C ← C exp(−η (f − γ))``: too many below it
-make it smaller, too few larger. A client moves the sum by ½ at most, so the count is a Gaussian mechanism of noise
-multiplier ``2 σ_b``; with ``z_Δ = (z⁻² − (2 σ_b)⁻²)^(−½)`` on the updates both together cost ``z`` (theorem 1).
+make it smaller, too few larger. An update that becomes zero moves the sum by 1 at most, so the count is a Gaussian
+mechanism of noise multiplier ``σ_b``; with ``z_Δ = (z⁻² − σ_b⁻²)^(−½)`` on the updates both together cost ``z``.
 
 Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with Adaptive Clipping, NeurIPS 2021, arXiv
-1905.03871, algorithm 1, with their σ_b of a twentieth of the clients. Departures: σ_b is at least z, or no noise on the
-updates would be left to choose in small cohorts; C stays within a factor of a million of where it began.
+1905.03871, algorithm 1, with their σ_b of a twentieth of the clients. Departures: neighbours differ in a client's whole
+update, not in whether it is counted, which is public, so that it moves the sum by 1 and not by ½ (theorem 1); σ_b is at
+least 2 z, or no noise on the updates would be left to choose in small cohorts; C stays within a factor of a million of
+where it began.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ def remembered(norm: float) -> Mapping[str, Tensor]:
 
 def count_noise(clients: int, noise: float) -> float:
     """Return σ_b."""
-    return max(clients / COUNTED, noise)
+    return max(clients / COUNTED, 2 * noise)
 
 
 def update_noise(noise: float, of_count: float) -> float:
     """Return z_Δ."""
-    return 1 / math.sqrt(noise**-2 - (2 * of_count) ** -2)
+    return 1 / math.sqrt(noise**-2 - of_count**-2)
 
 
 def next_norm(norm: float, fraction: float, privacy: PrivacySettings) -> float:

@@ -243,7 +243,7 @@ class SecureSum:
             answer, parcel = self.asking.desk.upload(name)
             total += masked_words({"update": parcel}, words)
             self.asking.accept(name, self.federation.client(name).rank, answer.seconds)
-            record_report(self.record, name, answer.privacy)
+            record_report(self.federation, self.record, name, answer.privacy)
         return total
 
 

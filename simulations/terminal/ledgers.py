@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,7 @@ def _data(data: DataSet, book: Book) -> dict[str, Any]:
     rounds = list(_rounds(data, book, delta))
     return {
         "label": last.label,
-        "fingerprint": last.fingerprint,
+        "fingerprint": hashlib.sha256(last.fingerprint.encode()).hexdigest(),
         "epsilon": rounds[-1]["data_epsilon"] if rounds else 0.0,
         "delta": delta,
         "budget": last.budget_epsilon,

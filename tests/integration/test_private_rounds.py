@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
+from torch import Tensor
 
 from client.app import app as client_app
-from common.errors import ConfigurationError, RunError, UserError
+from client.privacy.training import prepare
+from common.errors import ConfigurationError, NotPrivate, RunError, UserError
 from common.experiment import Experiment
 from common.messages import EvaluateOrder, PrivacyReport, TrainAnswer, TrainOrder
 from common.privacy.accounting import Mechanism, Spending
 from common.store import ClientRound, RunStore
+from common.tasks import Batch
 from common.wire import read_message, write_message
+from common.workspace import workspace
 from server.plan import make_plan
 from simulations import simulate
 from simulations.run import FinishedRun, resume
@@ -145,8 +149,8 @@ def test_the_end_of_every_budget_ends_the_run(tmp_path: Path) -> None:
     options = ("privacy.noise_multiplier=2", "privacy.epsilon=1.6", "federation.rounds=30", "evaluation.on=[]")
     run = simulate(private(*options), tmp_path)
     assert [len(values) for values in spent(run).values()] == [lasts] * 4
-    assert run.rounds[lasts + 1].status == "failed"
-    assert len(run.rounds) == lasts + 2
+    assert len(run.rounds) == lasts + 1
+    assert all(row.status == "committed" for row in run.rounds)
     assert "stopped: the privacy budget of every client is spent" in events(run)
     assert run.run.status == "completed"
     assert max(row.epsilon or 0 for row in run.rounds) <= 1.6
@@ -158,18 +162,15 @@ def test_an_owner_may_be_stricter_than_the_experiment(tmp_path: Path) -> None:
     last = len(spent(run)["client-2"])
     assert 0 < last < 4
     assert spent(run)["client-2"][-1] <= 1.4
-    assert [row["client-2"] for row in fates(run)[: last + 1]] == ["accepted"] * last + ["failed"]
+    assert [row.get("client-2") for row in fates(run)] == ["accepted"] * last + [None] * (4 - last)
     assert len(spent(run)["client-1"]) == 4
-    reason = next(row.reason for row in client_rows(run, last + 1) if row.client == "client-2")
-    assert "budget" in str(reason)
-    assert all(row.client != "client-2" for row in client_rows(run, last + 2))
 
 
 def test_an_experiment_may_end_with_the_first_spent_budget(tmp_path: Path) -> None:
     options = ("privacy.noise_multiplier=2", "clients.client-2.budget.epsilon=1.4", "privacy.on_exhausted=stop")
     run = simulate(private(*options, "federation.rounds=30"), tmp_path)
     assert "stopped: the privacy budget of client-2 is spent (privacy.on_exhausted)" in events(run)
-    assert len(run.rounds) == len(spent(run)["client-2"]) + 2
+    assert len(run.rounds) == len(spent(run)["client-2"]) + 1
     assert run.rounds[-1].status == "committed"
 
 
@@ -178,6 +179,12 @@ def test_a_calibrated_budget_includes_the_owners(tmp_path: Path) -> None:
     assert fates(run) == [dict.fromkeys(NAMES, "accepted")] * 3
     assert 1.49 < spent(run)["client-2"][-1] <= 1.5
     assert 7.99 < spent(run)["client-1"][-1] <= 8
+
+
+def test_a_client_takes_part_as_often_as_it_may(tmp_path: Path) -> None:
+    run = simulate(private("privacy.participations=2", "evaluation.on=[]"), tmp_path)
+    assert [len(values) for values in spent(run).values()] == [2] * 4
+    assert [row.status for row in run.rounds] == ["committed"] * 3
 
 
 def test_only_a_test_seed_repeats_a_private_run(tmp_path: Path) -> None:
@@ -275,3 +282,22 @@ def test_language_models_train_with_one_row_per_window(tmp_path: Path) -> None:
     assert "held_out_loss" not in run.metrics
     with pytest.raises(ConfigurationError, match=r"task\.options\.packing"):
         make_plan(tiny(tmp_path, *options, "task.options.packing=true"))
+
+
+def test_whether_the_self_check_fails_does_not_depend_on_rows() -> None:
+    """It is made before anything is charged, and the server sees how it ends."""
+
+    class Unread:
+        def __len__(self) -> int:
+            return 5
+
+        def take(self, numbers: Tensor) -> Batch:
+            raise AssertionError("rows were read before a budget was charged")
+
+    place = workspace(private("task.options.shapes=[[3, 4]]", "task.options.rank=1"))
+    prepare(place, Unread(), "ada", "ab")
+    place = workspace(private("task.options.shapes=[[3, 5]]", "task.options.rank=1"))
+    for factor in place.adapted.train_only("ab"):
+        factor.data.fill_(1e9)
+    with pytest.raises(NotPrivate, match="not finite"):
+        prepare(place, Unread(), "ada", "ab")

@@ -211,11 +211,11 @@ def test_hostile_norms_move_it_no_further_than_its_reach(norms: list[float]) -> 
 
 
 def test_the_count_and_the_updates_together_cost_the_noise_that_is_accounted() -> None:
-    """1 / z² adds up over Gaussian mechanisms; the count's sensitivity is one half."""
+    """1 / z² adds up over Gaussian mechanisms; the count's sensitivity is one."""
     for clients, noise in ((4, 5.0), (1_000, 0.7), (100, 30.0)):
         of_count = count_noise(clients, noise)
         of_update = update_noise(noise, of_count)
-        assert (of_count / 0.5) ** -2 + of_update**-2 == pytest.approx(noise**-2)
+        assert of_count**-2 + of_update**-2 == pytest.approx(noise**-2)
         assert noise < of_update < 1.16 * noise
 
 

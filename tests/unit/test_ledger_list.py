@@ -82,7 +82,7 @@ def test_the_tables_say_what_is_counted(home: Path) -> None:
         assert told in text
     assert "causal_lm:[ada]/texts" in text
     assert f"{SPENT[2]:.3f}" in text
-    assert "0123456789ab " in text
+    assert "9f9f5111f7b2 " in text
 
 
 def test_a_damaged_ledger_is_an_error_that_hides_no_other(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from client.privacy.account import Permit, admit, settle
 from client.privacy.fingerprint import fingerprint_of
 from client.privacy.ledger import Book, read_ledger
 from common.errors import BudgetExhausted, LoRAFleetError, NotPrivate
-from common.experiment import Experiment
+from common.experiment import ClientSettings, Experiment
 from common.messages import TrainOrder
 from common.privacy.accounting import Mechanism, Spending
 from common.privacy.settings import Budget
 from common.tasks import Batch
+from common.tasks.causal_lm import CausalLm
+from tests.tiny import write_texts
 
 STEPS = 8
 
@@ -237,6 +240,29 @@ def test_a_fingerprint_is_of_what_is_in_the_rows() -> None:
     changed = Numbers()
     changed.values[-1] += 1e-9
     assert fingerprint_of(changed) != same
+
+
+def test_data_are_known_by_their_records_whatever_they_are_called(tmp_path: Path) -> None:
+    """Another name, seed and length of rows: other rows, and another split, of the same texts."""
+    texts = write_texts(tmp_path, ["ada", "ben"])
+    copied = shutil.copytree(texts["ada"], tmp_path / "elsewhere" / "under another name")
+    first, again, other = (
+        CausalLm(sequence_length=length).client_data("x", (("x", ClientSettings(data=str(place))),), seed).train
+        for place, length, seed in ((texts["ada"], 16, 0), (copied, 24, 7), (texts["ben"], 16, 0))
+    )
+    assert fingerprint_of(again) == fingerprint_of(first)
+    assert not set(fingerprint_of(first).split()) & set(fingerprint_of(other).split())
+
+
+def test_one_record_in_common_is_enough(tmp_path: Path) -> None:
+    client = replace(node(tmp_path), budget=Budget(epsilon=3.0))
+    permits = list(trained(client))
+    renamed = replace(node(tmp_path, clients={"ada": {"data": "elsewhere"}}), budget=client.budget)
+    assert len(permits) == 10
+    assert any(row in fingerprint_of(ROWS).split() for row in fingerprint_of(Numbers(first=49)).split())
+    with pytest.raises(BudgetExhausted, match="as good as nothing is left of it"):
+        admit(renamed, order(1, "second"), Numbers(first=49))
+    assert admit(renamed, order(1, "second"), Numbers(first=50)).report.rounds_left == 9
 
 
 def test_every_refusal_is_one_line(tmp_path: Path) -> None:

@@ -72,17 +72,35 @@ class Outer:
         return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
 
-def squared_norms(pairs: Sequence[Outer]) -> Tensor:
-    """Return every row's squared norm of the sum of ``pairs``, shape (rows,); none of them is formed."""
+class Grams:
+    """Inner products of positions; those of a tensor with itself are kept, since several layers have the same input."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Tensor] = {}
+
+    def of(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return those of all positions of one side with all of another's, shape (rows, positions, positions)."""
+        if one is not other or _is_one_hot(one):
+            return _gram(one, other)
+        key = (one.data_ptr(), one.shape, one.stride())
+        if key not in self._known:
+            self._known[key] = _gram(one, one)
+        return self._known[key]
+
+
+def squared_norms(pairs: Sequence[Outer], grams: Grams) -> Tensor:
+    """Return every row's squared norm of the sum of ``pairs``, shape (rows,); none of them is formed.
+
+    ``grams`` serves all parameters of one pass, whose tensors stay where they are meanwhile.
+    """
     total = torch.zeros((), device=pairs[0].left.device)
     for one, other in combinations_with_replacement(pairs, 2):
-        product = (_gram(one.left, other.left) * _gram(one.right, other.right)).sum(dim=(1, 2))
+        product = (grams.of(one.left, other.left) * grams.of(one.right, other.right)).sum(dim=(1, 2))
         total = total + (product if one is other else 2 * product)
     return total.clamp(min=0)
 
 
 def _gram(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products of all positions of one side with all of another's, shape (rows, positions, positions)."""
     if _is_one_hot(one):
         if _is_one_hot(other):
             return (one.unsqueeze(2) == other.unsqueeze(1)).float()

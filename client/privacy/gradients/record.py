@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from client.privacy.gradients.outer import Outer, squared_norms
+from client.privacy.gradients.outer import Grams, Outer, squared_norms
 from common.errors import NotPrivate
 
 SMALL = 1e-6
 """Added to norms before dividing by them, as Opacus does."""
 
-QUARTER = 4
-"""At half or a third, the time that norms of outer products take is not worth the memory: at rank 64, 32 positions and
-width 256 a step took 1.27 times as long as one without privacy, and 1.05 times with gradients formed."""
+STORES_LESS = 1.0
+"""Outer products are kept where they take less than this share of the gradient's memory."""
 
 
 class Record:
@@ -24,9 +23,10 @@ class Record:
     Every contribution is kept in one of two forms, which give the same result: the gradient itself, out · in numbers a
     row, or the vectors it is a sum of outer products of, positions · (out + in) numbers a row. Both need
     positions · out · in products a row, now or when rows are added up; the second needs positions² · (out + in) more
-    for its norm. It is kept where it stores a quarter of the first or less: in heads and embeddings, and in layers that
-    see one position per row. There its norm costs at most a quarter of those products. Adapters are kept in the first
-    form, unless rows are very short. What a parameter used more than once receives is added up.
+    for its norm. What stores less is kept; where that is the second, its norm costs no more than those products. So
+    narrow adapters are formed, and heads, embeddings and wide adapters on short rows are not. (Rank 64, 32 positions,
+    width 256: the same time in both forms, and a third less memory in the second.) What a parameter used more than once
+    receives is added up.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class Record:
 
     def add_outer(self, parameter: Tensor, pair: Outer) -> None:
         """Add every row's gradient of a matrix as outer products."""
-        if QUARTER * pair.numbers() <= parameter.numel():
+        if pair.numbers() < STORES_LESS * parameter.numel():
             self._pairs[self._number_of(parameter)].append(pair)
         else:
             self.add(parameter, pair.dense())
@@ -70,9 +70,9 @@ class Record:
         """Return every row's norm over all parameters together, shape (rows,)."""
         assert self.rows is not None
         device = self.parameters[0].device
-        total = torch.zeros(self.rows, device=device)
+        total, grams = torch.zeros(self.rows, device=device), Grams()
         for number in range(len(self.parameters)):
-            total += self._squared_norms(number).to(device)
+            total += self._squared_norms(number, grams).to(device)
         return total.sqrt()
 
     def clipped_sums(self, clipping_norm: float) -> list[Tensor | None]:
@@ -97,14 +97,14 @@ class Record:
             )
         return number
 
-    def _squared_norms(self, number: int) -> Tensor:
+    def _squared_norms(self, number: int, grams: Grams) -> Tensor:
         self._settle(number)
         whole, pairs = self._whole[number], self._pairs[number]
         if whole is not None:
             squares = self._squares[number]
             return _squares(whole) if squares is None else squares
         if pairs:
-            return squared_norms(pairs)
+            return squared_norms(pairs, grams)
         return torch.zeros(self.rows or 0, device=self.parameters[number].device)
 
     def _settle(self, number: int) -> None:

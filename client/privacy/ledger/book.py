@@ -1,7 +1,7 @@
 """A verified ledger in memory: what was spent, by run and by data set.
 
-A data set is known by its label and by the hash of its rows. One of both is enough: changed rows under an old label,
-and old rows under a new one, keep what was spent before.
+A data set is known by its label and by hashes of its records. One of them is enough: changed records under an old
+label, and an old record under a new one, keep what was spent before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DataSet:
     Parameters
     ----------
     keys : list of (str, str)
-        Its labels and fingerprints.
+        Its labels, and hashes of its records.
     entries : list of Entry
         Plans and reservations of its own.
     runs : dict
@@ -138,5 +138,5 @@ def _merge(data: DataSet, other: DataSet) -> None:
             mine[mechanism] = mine.get(mechanism, 0) + count
 
 
-def _keys(label: str, fingerprint: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("label", label), ("fingerprint", fingerprint)
+def _keys(label: str, fingerprint: str) -> list[tuple[str, str]]:
+    return [("label", label), *(("record", record) for record in fingerprint.split())]

@@ -38,7 +38,7 @@ class Entry:
     round, attempt : int
         Of the order.
     label, fingerprint : str
-        Name and hash of the data set.
+        Name of the data set, and hashes of its records.
     noise_multiplier, sample_rate, clipping_norm : float
         The mechanism of one step.
     steps : int

@@ -144,6 +144,7 @@ def _whole_book(path: Path, engine: Engine) -> Book:
     if not path.exists():
         _check_never_filled(path, mark)
         write_mark(path, Mark())  # before the file: a ledger without a mark has lost it
+        path.touch(mode=0o600)
         mark = Mark()
     with engine.execution_options(writes=True).begin() as connection:
         entries = verified(connection, mark, path)
