@@ -138,8 +138,8 @@ def test_with_noise_given_it_is_told_how_long_the_budget_lasts(tmp_path: Path) -
     assert said in plan.notices
     assert f"ε lasts {lasts} rounds" in shown(plan, tmp_path, *options)
     assert refused(tmp_path, *ROWS, "privacy.noise_multiplier=0.1") == [
-        "client ada, ben, cyd, dot: privacy.noise_multiplier = 0.1 spends ε = 193.4 in one round, more than is allowed; raise it, "
-        "or leave it out to have the noise worked out"
+        "client ada, ben, cyd, dot: privacy.noise_multiplier = 0.1 spends ε = 193.4 in one round, more than is "
+        "allowed; raise it, or leave it out to have the noise worked out"
     ]
 
 
