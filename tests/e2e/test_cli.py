@@ -111,6 +111,7 @@ def test_every_verb_explains_itself(tmp_path: Path) -> None:
         "dashboard",
         "runs",
         "database",
+        "privacy",
     ]
     assert "..." not in listed
 
