@@ -234,3 +234,16 @@ def test_a_base_model_that_is_not_there_is_one_line(case: Case) -> None:
         with pytest.raises(DataError, match="base model '/no/such/folder' cannot be loaded: ") as caught:
             attempt()
         assert "\n" not in str(caught.value)
+
+
+def test_made_up_rows_are_like_rows_and_nobodys(case: Case) -> None:
+    made, real = case.task.made_up_rows(4), everything(case.rows())
+    assert {key: (value.dtype, value.shape[1:]) for key, value in made.items()} == {
+        key: (value.dtype, value.shape[1:]) for key, value in real.items()
+    }
+    losses = case.task.row_losses(case.model, made)
+    assert losses.shape == (4,)
+    assert bool(losses.isfinite().all())
+    assert len(set(losses.tolist())) == 4
+    again = case.task.made_up_rows(4)
+    assert all(torch.equal(made[key], again[key]) for key in made)
