@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,14 @@ def new(task: str, out: Path | None) -> int:
 
 def _experiment(source: str, overrides: list[str]) -> Experiment:
     from common.experiment_file import load_experiment
-    from server.plan import option_problems
 
-    return load_experiment(source, overrides, option_problems)
+    return load_experiment(source, overrides, _option_problems)
+
+
+def _option_problems(table: Mapping[str, Any]) -> list[str]:
+    from server.plan import option_problems  # brings torch along: a wrong name is told without
+
+    return option_problems(table)
 
 
 def plan(source: str, overrides: list[str], output: Output) -> int:

@@ -174,6 +174,7 @@ def test_an_experiment_may_end_with_the_first_spent_budget(tmp_path: Path) -> No
     assert run.rounds[-1].status == "committed"
 
 
+@pytest.mark.long
 def test_a_calibrated_budget_includes_the_owners(tmp_path: Path) -> None:
     run = simulate(private("clients.client-2.budget.epsilon=1.5"), tmp_path)
     assert fates(run) == [dict.fromkeys(NAMES, "accepted")] * 3
