@@ -106,6 +106,7 @@ def test_the_two_apps_run_on_flower_and_nothing_is_left(installed: Path) -> None
     assert not [pid for pid in {c["pid"] for c in said["clients"]} | {said["pid"]} if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.long
 def test_a_failure_of_the_server_is_the_reason_of_the_error(installed: Path) -> None:
     with pytest.raises(RunError, match=r"finished:failed: no such data; see .*flower\.log") as failure:
         run(installed, "fail")

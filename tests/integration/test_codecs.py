@@ -60,6 +60,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("wire", "bound"), [("fp16", 1e-4), ("bf16", 1e-3), ("int8", 5e-3), ("int4", 2e-2)])
+@pytest.mark.long
 def test_few_bits_cost_little_loss(losses: dict[str, float], wire: str, bound: float) -> None:
     assert losses[wire] == pytest.approx(losses["fp32"], rel=bound)
     assert losses[wire] != losses["fp32"]

@@ -93,7 +93,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert run.run.best_metric == min(losses)
 
 
-@pytest.mark.parametrize("name", ["flora", "lora_lego"])
+@pytest.mark.parametrize("name", ["flora", pytest.param("lora_lego", marks=pytest.mark.long)])
 def test_the_bits_follow_from_the_seed_and_not_from_the_workers(tmp_path: Path, name: str) -> None:
     def bits(*options: str) -> str:
         return sha256(simulate(tiny(tmp_path, *strategy(name), *UNJUDGED, *options), tmp_path))
