@@ -16,7 +16,6 @@ from client.privacy.noising import Noising, refuse_other_optimizer, row_losses
 from common.errors import NotPrivate
 from common.privacy.noise import gaussian
 
-
 AT_A_TIME = 1 << 16
 """Numbers noised together: few calls for many small tensors, and what a call works on stays in the cache."""
 
